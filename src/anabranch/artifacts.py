@@ -1,0 +1,319 @@
+"""Every plan and result: the project's nouns.
+
+Each stage leaves one JSON artifact (and safetensors beside it) in the run folder. An artifact is strict
+(an unknown key is an error), versioned, and canonical: no clock and no host name stands in it, so the same
+inputs give the same bytes. `made_from` holds the hashes of what it came from; a stage whose artifact was
+made from just the present inputs is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from anabranch.errors import CorruptedError, OutputError, describe_validation_error
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON spelling of a value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value's canonical spelling."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write under a temporary name, flush to disk, rename: a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}. Free space or change `output`, "
+                          "then run the same command again: finished work is kept.") from error
+
+
+class Part(BaseModel):
+    """A piece of an artifact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Artifact(Part):
+    """A JSON file of the run folder."""
+
+    made_from: dict[str, str] = Field(default_factory=dict, description="name of an input -> its hash")
+
+    def save(self, path: Path) -> None:
+        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        write_atomically(path, (text + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises CorruptedError if the file is missing, is no JSON, or does not fit."""
+        try:
+            value = json.loads(path.read_text())
+            return cls.model_validate(value)
+        except OSError as error:
+            raise CorruptedError(f"{path}: cannot be read ({error.strerror}).") from error
+        except ValueError as error:
+            problems = (describe_validation_error(error, cls) if isinstance(error, ValidationError) else [str(error)])
+            raise CorruptedError.of(f"{path}: not a valid {cls.__name__}. Mend it, or delete it to have it made again:",
+                                    problems) from error
+
+    @property
+    def hash(self) -> str:
+        return digest(self.model_dump(mode="json"))
+
+
+class Exclusion(Part):
+    """Rows (or a whole unit) left out by rule."""
+
+    unit: str
+    rule: Literal["empty_response", "empty_prompt", "over_long", "malformed", "duplicate_held_out", "max_samples",
+                  "max_tokens", "too_few_samples"]
+    rows: int
+    split: Literal["train", "held_out"]
+    example: str = Field("", description="where the first such row stands, and what is wrong with it")
+
+
+class Unit(Part):
+    """One dataset of the mixture, tokenised."""
+
+    name: str
+    source: str = Field(description="the path or hub id it came from, as the recipe says it")
+    format: str
+    file: str = Field(description="tokenised rows, relative to the mixture folder (rows.py)")
+    sha256: str = Field(description="of that file")
+    rows: int = Field(description="training rows kept")
+    epochs: float = Field(description="passes over the rows in one budget; may be fractional")
+    samples: int = Field(description="s_t: rows x epochs, what a branch trains on")
+    tokens: int = Field(description="n_t: all tokens of those samples, prompts included")
+    response_tokens: int = Field(description="tokens of those samples that the loss is taken on")
+    held_out_rows: int
+    held_out_tokens: int
+    held_out_response_tokens: int
+
+
+class Mixture(Artifact):
+    """mixture/mixture.json: the units, what was left out, and how text became tokens."""
+
+    kind: Literal["mixture"] = "mixture"
+    version: Literal[1] = 1
+    units: list[Unit] = Field(description="sorted by name")
+    transfer: list[Unit] = Field(description="never trained on: held-out rows only")
+    retention: list[Unit] = Field(description="plain text: every token but the first counts")
+    excluded: list[Exclusion]
+    duplicates_in_train: int = Field(description="training rows that repeat another of the same mixture (kept)")
+    duplicates_across: int = Field(description="training rows that also stand in held-out rows (left out of held-out)")
+    max_length: int
+    chat_template: str = Field(description="'tokenizer', 'plain' or 'custom'; its text is hashed in made_from")
+    examples: list[dict[str, str]] = Field(description="one rendered row of some units, prompt and response, for eyes")
+
+    @property
+    def tokens(self) -> int:
+        return sum(u.tokens for u in self.units)
+
+    def unit(self, name: str) -> Unit:
+        return next(u for u in self.units if u.name == name)
+
+
+class GradientRecord(Part):
+    """One unit's gradient sketch."""
+
+    unit: str
+    file: str = Field(description="safetensors with `half_a` and `half_b`, relative to the gradients folder")
+    sha256: str
+    examples: int
+    tokens_a: int = Field(description="response tokens behind half_a")
+    tokens_b: int
+
+
+class Gradients(Artifact):
+    """gradients/gradients.json"""
+
+    kind: Literal["gradients"] = "gradients"
+    version: Literal[1] = 1
+    sketch: Literal["fold", "stride", "full"]
+    size: int = Field(description="numbers per half and unit")
+    parameters: int = Field(description="d', entries of the trainable subset")
+    seed: int
+    calibration_samples: int
+    units: list[GradientRecord]
+
+
+class SpectralTest(Part):
+    """F.10 and F.11 for K = 2^r groups, with H = I and eta = 1: how far branches drift apart, not which arm wins."""
+
+    axes: int
+    random_gain: float = Field(description="F.10: expected G_var of a random balanced split")
+    pca_bound: float = Field(description="F.11: what a split along the top axes gains at least")
+    ratio: float
+    above_random: bool
+
+
+class Conflict(Artifact):
+    """conflict/conflict.json; matrices stand in conflict/conflict.safetensors.
+
+    `cosine`, `corrected` [T, T]; `scores` [T, R] (top axes of column-centred PCA of the chosen matrix);
+    `gram` [T, T] (inner products of mean gradients), all float64, rows in the order of `units`.
+    """
+
+    kind: Literal["conflict"] = "conflict"
+    version: Literal[1] = 1
+    units: list[str]
+    matrix: Literal["cosine", "corrected", "gram"] = Field(description="the one the axes come from")
+    explained: list[float] = Field(description="share of variance by axis, largest first")
+    norms: list[float] = Field(description="length of each unit's mean gradient (of its sketch)")
+    norm_cv: float = Field(description="standard deviation / mean of the norms; small: cosine and raw axes agree")
+    norm_max_over_min: float
+    reliability: list[float] = Field(description="split-half cosine stepped up to both halves (Spearman-Brown), <= 1")
+    unreliable: list[str] = Field(description="units whose two halves do not agree at all (reliability <= 0)")
+    cosine_mean: float
+    cosine_min: float
+    negative_share: float = Field(description="share of unit pairs with cosine < 0")
+    most_conflicting: list[tuple[str, str, float]]
+    spectral_tests: list[SpectralTest]
+    tensors_sha256: str
+
+
+class PlanUnit(Part):
+    unit: str
+    group: int | None = Field(description="0 .. K-1; null in a soup, where every branch sees every unit")
+    samples: int
+    tokens: int
+    sha256: str
+
+
+class PlanGroup(Part):
+    group: int
+    units: int
+    samples: int
+    tokens: int
+    weight: float = Field(description="w_k = N_k / sum N_j; in [0, 1]")
+
+
+class Plan(Artifact):
+    """plan.json: who trains what. To change it by hand, edit `group` of a unit; `groups` is recomputed from that."""
+
+    kind: Literal["plan"] = "plan"
+    version: Literal[1] = 1
+    method: str
+    seed: int
+    units: list[PlanUnit]
+    groups: list[PlanGroup]
+
+
+class BranchManifest(Artifact):
+    """branches/K/branch.json, written last: a branch without it is not done.
+
+    made_from: base, plan, data (hash of the group's unit files), train (hash of the trainer's settings).
+    """
+
+    kind: Literal["branch"] = "branch"
+    version: Literal[1] = 1
+    branch: int
+    group_units: list[str]
+    steps: int
+    samples_planned: int
+    tokens_planned: int
+    tokens_seen: int = Field(description="non-padding tokens that went through the model")
+    final_loss: float | None
+    losses: list[tuple[int, float]] = Field(description="(optimizer step, mean training loss since the last entry)")
+    files: dict[str, str] = Field(description="file of the model folder -> SHA-256")
+    software: dict[str, str]
+
+
+class MergeManifest(Artifact):
+    """anabranch-merge.json in the merged folder. made_from: base, plan, branch-0 .. branch-(K-1)."""
+
+    kind: Literal["merge"] = "merge"
+    version: Literal[1] = 1
+    method: str
+    arguments: dict[str, float | int | bool | str] = Field({}, description="the method's own parameters, with defaults")
+    weights: list[float]
+    dtype: str
+    parameters: int
+    displacement: float = Field(description="L2 norm of merged minus base over all parameters, before rounding")
+    branch_displacements: list[float]
+    files: dict[str, str]
+
+
+class UnitScore(Part):
+    loss: float = Field(description="mean over response tokens, nats")
+    tokens: int
+    rows: int
+    exact_match: float | None = Field(None, description="share of short-answer rows whose greedy answer is the reference")
+    f1: float | None = Field(None, description="token F1 of greedy answers on short-answer rows, in [0, 1]")
+    answers: int = Field(0, description="short-answer rows scored")
+
+
+class Evaluation(Artifact):
+    """One model at the three places: held_out, transfer, retention. made_from: model, mixture, settings."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    version: Literal[1] = 1
+    model: str = Field(description="base, branch-0, .., merged, joint, ..")
+    held_out: dict[str, UnitScore]
+    transfer: dict[str, UnitScore]
+    retention: dict[str, UnitScore]
+
+
+class ArmRun(Artifact):
+    """compare/ARM/seed-S/arm.json: one arm under one seed, written when its evaluation is there."""
+
+    kind: Literal["arm"] = "arm"
+    version: Literal[1] = 1
+    arm: str
+    seed: int
+    tokens: int = Field(description="training tokens actually seen by all its branches")
+    displacement: float
+    branches: int
+    alpha: float | None = Field(None, description="joint_matched: share of joint's step that is kept")
+    evaluation: str = Field(description="file, relative to the comparison folder")
+
+
+class ArmSummary(Part):
+    arm: str
+    place: Literal["held_out", "transfer", "retention"]
+    loss: float = Field(description="macro mean over units, mean over seeds")
+    loss_low: float = Field(description="95 % interval over units (paired bootstrap) of the difference to joint + joint")
+    loss_high: float
+    loss_by_seed: list[float]
+    token_loss: float = Field(description="token-weighted mean over units")
+    exact_match: float | None
+    f1: float | None
+    versus_joint: float | None = Field(description="loss minus joint's; negative: better than joint")
+    wins: int = Field(description="units where the arm's loss is lower than joint's by more than the tie margin")
+    ties: int
+    losses: int
+    wilcoxon_p: float | None = Field(description="one-sided signed-rank over seeds, arm better than joint")
+
+
+class Comparison(Artifact):
+    """compare.json: the paper's table on the user's own mixture."""
+
+    kind: Literal["comparison"] = "comparison"
+    version: Literal[1] = 1
+    seeds: list[int]
+    runs: list[ArmRun]
+    summary: list[ArmSummary]
+    verdict: list[str] = Field(description="sentences; what the figures say and what they do not")

@@ -1,0 +1,230 @@
+"""argv -> one public call -> one artifact -> what a person wants to read; no logic.
+
+Exit codes: 0 done; 2 the user must change something (one message, no traceback); 130 stopped by Ctrl-C.
+Anything else is a bug of ours and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from anabranch.errors import AnabranchError, OutputError, RecipeError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Measure gradient conflict in an instruction mixture, split it, train branches that never talk, merge once, "
+         "and say whether it paid.")
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+RecipeFile = Annotated[Path, typer.Argument(help="the recipe (YAML); `anabranch init` writes one")]
+RunFolder = Annotated[Path, typer.Argument(help="the run folder: the recipe's `output`")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value over the recipe's; repeatable")]
+
+
+def main() -> None:
+    """The `anabranch` command."""
+    try:
+        app()
+    except AnabranchError as error:
+        err.print(f"{type(error).__name__}: {error}", style="red", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("stopped; finished work is kept. The same command goes on from here.")
+        sys.exit(130)
+    except OSError as error:
+        if error.errno != 28:  # ENOSPC: the one system error that any stage can meet and the user must mend
+            raise
+        err.print(f"OutputError: no space left on the disk ({error.filename or 'while writing'}). Free some, then run the "
+                  "same command again: finished work is kept.", style="red", markup=False)
+        sys.exit(2)
+
+
+def _tell(text: str) -> None:
+    out.print(escape(text))
+
+
+def _progress() -> Callable[[str, str, int, int], None]:
+    """One line that moves on a terminal; elsewhere a plain line every ten seconds."""
+    state: dict[str, Any] = {"stage": None, "begun": 0.0, "first": 0, "told": 0.0}
+
+    def tell(stage: str, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != state["stage"] or done < state["first"]:
+            state.update(stage=stage, begun=now, first=done, told=now)
+        left = ""
+        if done > state["first"]:
+            seconds = (now - state["begun"]) * (total - done) / (done - state["first"])
+            left = f", {seconds / 60:.1f} min left" if seconds > 90 else f", {seconds:.0f} s left"
+        share = f"{done / total:.0%}" if total else "0%"
+        line = f"{stage} {share}{left if done < total else ''} {what}"
+        if err.is_terminal:
+            print(f"\r\x1b[2K{line[: err.width - 1]}" if done < total else "\r\x1b[2K", end="", file=sys.stderr, flush=True)
+        elif now - state["told"] > 10 and done < total:
+            state["told"] = now
+            print(line, file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _recipe(path: Path, overrides: list[str] | None) -> Any:
+    from anabranch.recipe import load_recipe
+
+    changes = {}
+    for text in overrides or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {text}: wanted section.key=value, as in --set split.groups=8.")
+        changes[key] = yaml.safe_load(value)
+    return load_recipe(path, changes)
+
+
+def _stage(name: str | None, option: str) -> str | None:
+    from anabranch.errors import closest
+    from anabranch.run import STAGES
+
+    if name is not None and name not in STAGES:
+        raise RecipeError(f"{option} {name}: no such stage.{closest(name, STAGES)} They run in the order "
+                          f"{', '.join(STAGES)}.")
+    return name
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="where to write it")] = Path("recipe.yaml")) -> None:
+    """Write a commented recipe."""
+    from anabranch.artifacts import write_atomically
+
+    if path.exists():
+        raise OutputError(f"{path} is there already. Give another name, or remove it.")
+    write_atomically(path, resources.files("anabranch").joinpath("recipe_template.yaml").read_bytes())
+    _tell(f"{path} written. Say where your data lies under `mixture.sources`, then: anabranch run {path} --dry-run")
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    start: Annotated[str | None, typer.Option("--from", help="make this stage and all after it anew")] = None,
+    until: Annotated[str, typer.Option(help="stop after this stage")] = "report",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and every problem; do nothing")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Every stage that is not done: mixture, gradients, conflict, split, train, merge, evaluate, report."""
+    loaded = _recipe(recipe, overrides)
+    if dry_run:
+        from anabranch.forecast import forecast
+
+        for line in forecast(loaded, progress=_progress()):
+            _tell(line)
+        return
+    from anabranch.run import open_run, run_stages
+
+    first, last = _stage(start, "--from"), _stage(until, "--until")
+    run_stages(open_run(loaded, tell=_tell, progress=_progress()), start=first, until=last or "report")
+
+
+@app.command()
+def gradients(
+    recipe: RecipeFile,
+    shard: Annotated[str, typer.Option(help="i/n: this machine sketches units i, i+n, .. (i from 0)")] = "0/1",
+    overrides: Overrides = None,
+) -> None:
+    """Measure gradient sketches, perhaps a share of them; the last shard to end completes the stage."""
+    part, slash, whole = shard.partition("/")
+    if not (slash and part.isdigit() and whole.isdigit() and 0 <= int(part) < int(whole)):
+        raise RecipeError(f"--shard {shard}: wanted i/n with 0 <= i < n, as in --shard 0/4.")
+    loaded = _recipe(recipe, overrides)
+    from anabranch.run import gradient_stage, mixture_stage, open_run
+
+    opened = open_run(loaded, tell=_tell, progress=_progress())
+    mixture_stage(opened)
+    if gradient_stage(opened, (int(part), int(whole))) is None:
+        _tell(f"gradients: shard {shard} is done; units of other shards are missing.")
+
+
+@app.command("train-branch")
+def train_branch(
+    folder: RunFolder,
+    branch: Annotated[int, typer.Argument(help="0 .. K-1", metavar="K")],
+    model: Annotated[Path | None, typer.Option(help="where the base lies on this machine")] = None,
+) -> None:
+    """Train one branch, on any machine that sees the run folder; goes on from its newest checkpoint."""
+    from anabranch.run import reopen_run, train_one
+
+    manifest = train_one(reopen_run(folder, model=model, tell=_tell, progress=_progress()), branch)
+    _tell(f"branch {branch}: {manifest.steps} steps, {manifest.tokens_seen:,} tokens seen")
+
+
+@app.command()
+def status(folder: RunFolder) -> None:
+    """What is done, what is under way."""
+    from anabranch.status import status_lines
+
+    for line in status_lines(folder):
+        _tell(line)
+
+
+@app.command()
+def report(folder: RunFolder) -> None:
+    """Print the report and write RUN/report.html."""
+    from rich.markdown import Markdown
+
+    from anabranch.report import markdown_report, write_report
+
+    text, path = markdown_report(folder), write_report(folder)
+    if out.is_terminal:
+        out.print(Markdown(text), soft_wrap=False)
+    else:
+        print(text)
+    _tell(f"\nThe whole report, with its pictures: {path}")
+
+
+@app.command()
+def compare(
+    recipe: RecipeFile,
+    methods: Annotated[str | None, typer.Option(help="arms, as in joint,random:4,merit:2")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="seeds 0 .. n-1")] = 3,
+    overrides: Overrides = None,
+) -> None:
+    """Every arm on the same token budget, at three places, over seeds: did the split pay?"""
+    loaded = _recipe(recipe, overrides)
+    from anabranch.compare import DEFAULT, parse_arms, run_comparison
+    from anabranch.report import comparison_markdown, write_report
+    from anabranch.run import open_run
+
+    arms = parse_arms(methods or DEFAULT)
+    opened = open_run(loaded, tell=_tell, progress=_progress())
+    comparison = run_comparison(opened, arms, range(seeds))
+    print(comparison_markdown(comparison))
+    _tell(f"\nThe whole report, with its pictures: {write_report(opened.folder)}")
+
+
+@app.command("compare-arm", hidden=True)
+def compare_arm(folder: Path, arm: str, seed: int) -> None:
+    """One arm of a comparison, in this process."""
+    from anabranch.compare import Arm, parse_arms, run_arm
+    from anabranch.run import reopen_run
+
+    name, _, reference = arm.partition(":")
+    parsed = Arm(arm, name, 1, reference) if name == "joint_matched" else parse_arms(arm)[0]
+    run_arm(reopen_run(folder, tell=_tell), parsed, seed)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="where to make it")] = Path("demo-run"),
+    seeds: Annotated[int, typer.Option(min=1, help="seeds of the comparison")] = 1,
+) -> None:
+    """The whole story on an embedded mixture and model, in minutes on two cores."""
+    from anabranch.demo.story import tell_story
+
+    tell_story(folder, seeds=seeds, tell=_tell, progress=_progress())

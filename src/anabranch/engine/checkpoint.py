@@ -1,0 +1,189 @@
+"""A model folder in the Hugging Face layout, read one tensor at a time.
+
+    config.json
+    model.safetensors                           one file, or
+    model.safetensors.index.json + shards       `weight_map`: tensor name -> shard
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from anabranch.artifacts import digest, file_digest
+from anabranch.errors import CorruptedError, ModelError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header of a file says about a tensor. `dtype` in safetensors' spelling: F32, BF16, I64, .."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model folder. `tensors` stand in the order of the shards, then by name; no weight has been read yet."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    _files: dict[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read config.json and the headers of all weight files.
+
+        Raises:
+            ModelError: no such folder, no config.json, no weights in safetensors.
+            CorruptedError: a file that is damaged, cut short, or missing though the index names it.
+        """
+        files = weight_files(folder)
+        config = _read_json(folder / "config.json")
+        opened = {path.name: _open_weights(path) for path in files}
+        tensors: dict[str, TensorInfo] = {}
+        problems = []
+        for file, handle in opened.items():
+            for name in sorted(handle.keys()):
+                if name in tensors:
+                    problems.append(f"tensor '{name}' stands in {tensors[name].file} and in {file}")
+                header = handle.get_slice(name)
+                tensors[name] = TensorInfo(tuple(header.get_shape()), header.get_dtype(), file)
+        if (folder / INDEX).exists():
+            problems += _index_problems(_weight_map(folder), tensors)
+        if problems:
+            raise CorruptedError.of(f"{folder}: the weight files and their index do not agree. Fetch the model again:",
+                                    problems)
+        return cls(folder, config, tensors, opened)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as it stands in the file: a view of the mapped file, so copy it before changing it.
+
+        Raises CorruptedError if it cannot be read.
+        """
+        file = self.tensors[name].file
+        try:
+            return self._files[file].get_tensor(name)
+        except Exception as error:  # safetensors raises its own type, the operating system another
+            raise CorruptedError(f"{self.folder / file}: tensor '{name}' cannot be read ({error}). "
+                                 "Fetch or make this checkpoint again.") from error
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether the output head shares the input embedding's weights, as config.json says.
+
+        Where it is silent they are tied: transformers 4 wrote the key only when it was false.
+        """
+        inner = self.config.get("text_config")
+        default = inner.get("tie_word_embeddings", True) if isinstance(inner, dict) else True
+        return bool(self.config.get("tie_word_embeddings", default))
+
+    def tied_copy_of(self, name: str) -> str | None:
+        """The embedding that output head `name` repeats number for number, if there is one."""
+        head = self.tensors[name]
+        for other, info in self.tensors.items():
+            embedding = "emb" in other or "wte" in other
+            alike = (info.shape, info.dtype) == (head.shape, head.dtype)
+            if embedding and alike and self.read(other).equal(self.read(name)):
+                return other
+        return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model, by name; the index is not among them.
+
+    Raises:
+        ModelError: no such folder, no config.json, no weights in safetensors, or both a single file and an index.
+        CorruptedError: the index is damaged, or names a shard that is not there.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model folder {folder}: not there. Give the folder that holds config.json and "
+                         f"{WEIGHTS} (or its shards and their index).")
+    single, index = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
+    if single and index:
+        raise ModelError(f"model folder {folder}: holds both {WEIGHTS} and {INDEX}, and it is not clear which is the "
+                         "model. Delete the one that is left over.")
+    if not (single or index):
+        raise ModelError(_no_weights(folder))
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model folder {folder}: no config.json beside the weights, so nothing can load it. "
+                         "Copy it from where the weights came from.")
+    if single:
+        return [folder / WEIGHTS]
+    shards = sorted(set(_weight_map(folder).values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise CorruptedError.of(f"model folder {folder}: {INDEX} names {len(shards)} shards and {len(missing)} of them "
+                                "are not there. Fetch these files again:", missing)
+    return [folder / shard for shard in shards]
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """SHA-256 (hex) over name and SHA-256 of each weight file and of config.json, sorted by name.
+
+    This is the hash by which a base is known in every artifact. Reads every byte once. Raises as `weight_files`.
+    """
+    files = [*weight_files(folder), folder / "config.json"]
+    return digest(sorted([path.name, file_digest(path)] for path in files))
+
+
+def _open_weights(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # SafetensorError for a bad header or size, OSError for a bad disk
+        raise CorruptedError(f"{path}: damaged or cut short ({error}; the file has {path.stat().st_size:,} bytes). "
+                             "Fetch or make this file again.") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CorruptedError(f"{path}: cannot be read as JSON ({error}). Fetch this file again.") from error
+    if not isinstance(value, dict):
+        raise CorruptedError(f"{path}: holds {type(value).__name__}, wanted an object. Fetch this file again.")
+    return value
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """`weight_map` of the index. A shard must be a plain file name: an index may not point out of its folder."""
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptedError(f"{folder / INDEX}: has no `weight_map`. Fetch this file again.")
+    strange = sorted({str(f) for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f})
+    if strange:
+        raise CorruptedError.of(f"{folder / INDEX}: these are no names of files beside it:", strange)
+    return weight_map
+
+
+def _index_problems(weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:
+    problems = []
+    for name in sorted(weight_map.keys() | tensors.keys()):
+        said, found = weight_map.get(name), tensors[name].file if name in tensors else None
+        if said != found:
+            problems.append(f"tensor '{name}': the index says {said or 'nothing'}, it stands in {found or 'no file'}")
+    return problems
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    shown = ", ".join(names[:12]) + (f", and {len(names) - 12} more" if len(names) > 12 else "")
+    message = f"model folder without weights: {folder} has no {WEIGHTS} and no {INDEX}. It holds: {shown or 'nothing'}."
+    if "adapter_config.json" in names:
+        return message + (" This is a LoRA adapter, not a model: apply it to its base first "
+                          "(peft: `model.merge_and_unload().save_pretrained(folder)`).")
+    if any(name.endswith(PICKLES) for name in names):
+        return message + (" Pickle files are refused, since loading one can run any program. Convert them once, where "
+                          "you trust them: `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)`.")
+    return message + " Give the folder of a model saved with `save_pretrained`."

@@ -1,0 +1,175 @@
+"""A model at three places: held-out rows of the mixture, units nobody trained on, and what the base could do before.
+
+Loss is the mean negative log-likelihood (nats) over a unit's response tokens; for plain text (retention) over all
+tokens but each row's first. Short answers are also generated greedily and scored by exact match and token F1 of the
+normalised text (lower case, no punctuation, no articles: the SQuAD convention, arXiv:1606.05250). No stage before
+this one reads these rows.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from anabranch.artifacts import Evaluation, Mixture, Unit, UnitScore, digest
+from anabranch.model import batches, can_select, load_model, load_tokenizer, response_losses
+from anabranch.recipe import EvaluateSection, Recipe
+from anabranch.rows import Rows, generator, load_unit
+
+PLACES = ("held_out", "transfer", "retention")
+# A loss difference smaller than this (nats) is a tie: far below what seeds move a unit by.
+TIE = 0.01
+Progress = Callable[[str, int, int], None]
+
+
+def evaluation_inputs(recipe: Recipe, mixture: Mixture, weights_hash: str) -> dict[str, str]:
+    """What an evaluation depends on."""
+    units = {u.name: u.sha256 for place in (mixture.units, mixture.transfer, mixture.retention) for u in place}
+    section = recipe.evaluate
+    settings = {"max_samples": section.max_samples, "short": section.short_answer_tokens,
+                "generate": section.generate_samples, "seed": recipe.seed, "dtype": recipe.model.dtype}
+    return {"weights": weights_hash, "units": digest(units), "settings": digest(settings)}
+
+
+def evaluate_model(recipe: Recipe, mixture: Mixture, mixture_folder: Path, model_folder: Path, label: str,
+                   weights_hash: str, out: Path, *, progress: Progress | None = None) -> Evaluation:
+    """Score one model folder; writes `out` (JSON) at the end.
+
+    Raises:
+        ModelError: the folder does not load.
+    """
+    model = load_model(model_folder, recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(model_folder, trust_remote_code=recipe.model.trust_remote_code)
+    places = {"held_out": mixture.units, "transfer": mixture.transfer, "retention": mixture.retention}
+    total, done = sum(len(units) for units in places.values()), 0
+    select, scores = can_select(model), {}
+    for place, units in places.items():
+        scores[place] = {}
+        for unit in units:
+            if progress:
+                progress(f"{label}: {unit.name}", done, total)
+            done += 1
+            rows = load_unit(mixture_folder / unit.file, "held_out")
+            if len(rows):
+                chosen = _sample(rows, unit, recipe)
+                answers = recipe.evaluate if place != "retention" else None
+                scores[place][unit.name] = score_unit(model, tokenizer, rows, chosen, recipe.evaluate.batch_tokens,
+                                                      select=select, answers=answers)
+    if progress:
+        progress("", total, total)
+    evaluation = Evaluation(model=label, held_out=scores["held_out"], transfer=scores["transfer"],
+                            retention=scores["retention"],
+                            made_from=evaluation_inputs(recipe, mixture, weights_hash))
+    evaluation.save(out)
+    return evaluation
+
+
+def _sample(rows: Rows, unit: Unit, recipe: Recipe) -> np.ndarray:
+    drawn = generator(recipe.seed, "evaluate", unit.name).permutation(len(rows))[: recipe.evaluate.max_samples]
+    return np.sort(drawn)
+
+
+@torch.no_grad()
+def score_unit(model: Any, tokenizer: Any, rows: Rows, chosen: np.ndarray, batch_tokens: int, *, select: bool,
+               answers: EvaluateSection | None) -> UnitScore:
+    """Loss over the chosen rows; short answers as `answers` asks."""
+    loss, tokens = 0.0, 0
+    for batch in batches(rows, chosen, batch_tokens, next(model.parameters()).device):
+        losses, _ = response_losses(model, batch, select=select)
+        loss += float(losses.double().sum())
+        tokens += losses.numel()
+    matches = []
+    if answers is not None and answers.generate_samples and answers.short_answer_tokens:
+        matches = _answer(model, tokenizer, rows, chosen, answers)
+    return UnitScore(
+        loss=loss / max(tokens, 1), tokens=tokens, rows=len(chosen), answers=len(matches),
+        exact_match=float(np.mean([m for m, _ in matches])) if matches else None,
+        f1=float(np.mean([f for _, f in matches])) if matches else None)
+
+
+def _answer(model: Any, tokenizer: Any, rows: Rows, chosen: np.ndarray,
+            answers: EvaluateSection) -> list[tuple[float, float]]:
+    """(exact match, F1) of greedy answers to rows whose one response is short."""
+    prompts, references = [], []
+    for i in chosen:
+        ids, mask = rows.row(int(i))
+        where = np.flatnonzero(mask)
+        one_span = len(where) > 0 and where[-1] - where[0] + 1 == len(where)
+        if one_span and len(where) <= answers.short_answer_tokens and where[0] > 0:
+            prompts.append([int(t) for t in ids[: where[0]]])
+            references.append(tokenizer.decode(ids[where].tolist(), skip_special_tokens=True))
+        if len(prompts) == answers.generate_samples:
+            break
+    if not prompts:
+        return []
+    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id if pad is None else pad
+    where_to = next(model.parameters()).device
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=where_to)
+    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=where_to)
+    written = model.generate(input_ids=ids, attention_mask=attention, do_sample=False, num_beams=1, pad_token_id=pad,
+                             max_new_tokens=answers.short_answer_tokens + 4, temperature=None, top_p=None, top_k=None)
+    texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
+    return [(float(normalise(t) == normalise(r)), token_f1(t, r)) for t, r in zip(texts, references, strict=True)]
+
+
+def normalise(text: str) -> list[str]:
+    """Words of an answer, lower case, without punctuation and articles. Text of punctuation alone is kept as it is."""
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    words = re.sub(r"\b(a|an|the)\b", " ", plain).split()
+    return words or text.lower().split()
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of word precision and recall, in [0, 1]."""
+    a, r = Counter(normalise(answer)), Counter(normalise(reference))
+    common = sum((a & r).values())
+    if not common:
+        return float(not a and not r)
+    return 2 * common / (sum(a.values()) + sum(r.values()))
+
+
+# ---- summaries, shared by the report and the comparison -------------------------------------------------------------
+
+
+def macro_loss(scores: Mapping[str, UnitScore]) -> float | None:
+    """Unweighted mean of unit losses, nats; None without units."""
+    return float(np.mean([s.loss for s in scores.values()])) if scores else None
+
+
+def token_loss(scores: Mapping[str, UnitScore]) -> float | None:
+    """Mean weighted by response tokens."""
+    tokens = sum(s.tokens for s in scores.values())
+    return sum(s.loss * s.tokens for s in scores.values()) / tokens if tokens else None
+
+
+def mean_answer(scores: Mapping[str, UnitScore], field: str) -> float | None:
+    """Macro mean of `exact_match` or `f1` over the units that have short answers."""
+    values = [getattr(s, field) for s in scores.values() if getattr(s, field) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def bootstrap_interval(differences: Sequence[float], seed: int, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean of paired per-unit differences, resampling units."""
+    values = np.asarray(differences)
+    picks = generator(seed, "bootstrap").integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def wilcoxon_better(differences: Sequence[float]) -> float | None:
+    """One-sided signed-rank p over seeds for 'lower than joint'; None for fewer than 2 seeds or no difference at all.
+
+    With n seeds it cannot fall below 2^-n: three seeds give 0.125 at best, five 0.03125.
+    """
+    if len(differences) < 2 or not np.any(differences):
+        return None
+    return float(stats.wilcoxon(differences, alternative="less", method="exact").pvalue)

@@ -1,0 +1,106 @@
+"""What a recipe would do, before it does it: rows, tokens, steps, bytes, operations, and every problem found."""
+
+from __future__ import annotations
+
+import glob
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from anabranch.artifacts import Mixture
+from anabranch.branches import check_train_section, train_settings
+from anabranch.engine.checkpoint import Checkpoint
+from anabranch.errors import AnabranchError, RecipeError
+from anabranch.mixture import build_mixture
+from anabranch.model import load_tokenizer, resolve_model
+from anabranch.recipe import Recipe
+
+Progress = Callable[[str, str, int, int], None]
+
+
+def forecast(recipe: Recipe, *, progress: Progress = lambda *_: None) -> list[str]:
+    """Lines for a person. A local base and local data are read, and told exactly; nothing is downloaded or kept.
+
+    Raises:
+        RecipeError: every problem found, in one message.
+    """
+    problems: list[str] = []
+    for check in (check_train_section, _check_sources):
+        try:
+            check(recipe)
+        except AnabranchError as error:
+            problems.append(str(error))
+    lines, mixture, entries = [], None, 0
+    if Path(recipe.model.path).is_dir() or Path(recipe.model.path).is_absolute():
+        try:
+            base = resolve_model(recipe.model)
+            infos = Checkpoint.open(base).tensors
+            entries = sum(math.prod(i.shape) for i in infos.values())
+            lines.append(f"model      {base}: {entries:,} parameters")
+            if not problems:
+                mixture = _dry_mixture(recipe, base, progress)
+        except AnabranchError as error:
+            problems.append(str(error))
+    else:
+        lines.append(f"model      {recipe.model.path}"
+                     f"{'@' + recipe.model.revision if recipe.model.revision else ''}: from the Hub (safetensors and text "
+                     "files only); its size, and exact token counts, are known once it is here")
+    if problems:
+        raise RecipeError.of("dry run: the recipe has problems:", problems)
+    return lines + _mixture_lines(recipe, mixture) + _stage_lines(recipe, mixture, entries)
+
+
+def _check_sources(recipe: Recipe) -> None:
+    retention = recipe.evaluate.retention if isinstance(recipe.evaluate.retention, list) else []
+    missing = [s.path for s in (*recipe.mixture.sources, *recipe.evaluate.transfer, *retention)
+               if Path(s.path).is_absolute() and not (glob.glob(s.path) or Path(s.path).exists())]
+    if missing:
+        raise RecipeError("no such data: " + ", ".join(missing))
+
+
+def _dry_mixture(recipe: Recipe, base: Path, progress: Progress) -> Mixture | None:
+    """The real mixture stage, into a folder that is thrown away; not for data that would be downloaded."""
+    if not all(Path(s.path).is_absolute() for s in recipe.mixture.sources):
+        return None
+    tokenizer = load_tokenizer(base, trust_remote_code=recipe.model.trust_remote_code)
+    with tempfile.TemporaryDirectory() as folder:
+        return build_mixture(recipe, tokenizer, Path(folder), base_hash="dry run",
+                             progress=lambda *a: progress("mixture", *a))
+
+
+def _mixture_lines(recipe: Recipe, mixture: Mixture | None) -> list[str]:
+    if mixture is None:
+        return [f"mixture    {s.path}" + (f" ({s.config})" if s.config else "") + ": counted when it is read"
+                for s in recipe.mixture.sources]
+    lines = [f"mixture    {len(mixture.units)} units, {sum(u.samples for u in mixture.units):,} samples, "
+             f"{mixture.tokens:,} tokens; {sum(u.held_out_rows for u in mixture.units):,} held-out rows; "
+             f"{len(mixture.transfer)} transfer units, {len(mixture.retention)} retention units"]
+    rules: dict[str, int] = {}
+    for e in mixture.excluded:
+        rules[e.rule] = rules.get(e.rule, 0) + e.rows
+    return lines + [f"           left out: {rows:,} rows by rule {rule}" for rule, rows in sorted(rules.items())]
+
+
+def _stage_lines(recipe: Recipe, mixture: Mixture | None, entries: int) -> list[str]:
+    split, settings = recipe.split, train_settings(recipe)
+    count = 1 if split.method == "joint" else split.groups
+    batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
+    lines = [f"gradients  at most {recipe.gradients.calibration_samples} rows a unit, sketch {recipe.gradients.sketch}"
+             + (f" of {recipe.gradients.size:,} numbers per half" if recipe.gradients.sketch == "fold" else ""),
+             f"split      {split.method} into {count} groups, by the {split.matrix} matrix"]
+    steps = ""
+    if mixture is not None:
+        samples = sum(u.samples for u in mixture.units) * settings["num_train_epochs"]
+        steps = f", about {math.ceil(samples / count / batch):,} steps each"
+        if count > len(mixture.units) and split.method != "soup":
+            raise RecipeError(f"dry run: split.groups is {count}, the mixture has {len(mixture.units)} units; every group "
+                              "needs one.")
+    lines.append(f"train      {count} branches, {recipe.launch.max_parallel} at a time, {batch} rows a step{steps}; "
+                 f"learning rate {settings['learning_rate']}")
+    if entries:
+        size = entries * 4 / 1e9
+        work = f"; {6 * entries * mixture.tokens:.1e} operations" if mixture else ""
+        lines.append(f"disk       {size * count:.2f} GB of branches (float32), {size * 3:.2f} GB for each running branch's "
+                     f"checkpoint, {size:.2f} GB or less for the result{work}")
+    return [*lines, f"output     {recipe.output}", "Nothing was written. Without --dry-run the same command starts."]

@@ -1,0 +1,1 @@
+"""Start commands and wait for them; know nothing of what is in them."""

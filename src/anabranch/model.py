@@ -1,0 +1,219 @@
+"""The base model: where it lies, how it loads, which parameters train, and its loss on response tokens.
+
+    B  rows of a batch      S  padded length      n  response tokens of the batch      V  vocabulary
+
+Gradients, branches and evaluation all take the loss defined here: the sum of negative log-likelihoods (nats)
+over response tokens, divided where a mean is wanted by the number of those tokens (what the trainer minimises).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fnmatch
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from anabranch.errors import ModelError
+from anabranch.recipe import Model as ModelSection
+from anabranch.rows import Rows
+
+# What a model folder may bring: weights as safetensors, the rest as text. Never pickles.
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+def keep_buffers() -> None:
+    """Tell glibc to keep freed memory. Training reallocates the same sizes every step, and fresh pages are slow."""
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 2_000_000_000)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2_147_483_647)  # M_TRIM_THRESHOLD
+        except OSError:  # another C library: nothing to tune
+            return
+
+
+def resolve_model(section: ModelSection) -> Path:
+    """The folder of the base: as given, or downloaded from the Hub (safetensors and text files only).
+
+    Raises:
+        ModelError: no such folder and not to be had from the Hub; or a folder without weights, config or tokenizer.
+    """
+    folder = Path(section.path)
+    if not folder.is_dir():
+        if folder.is_absolute() or section.path.count("/") > 1 or section.path.startswith("."):
+            raise ModelError(f"model.path: no folder {folder}. Give a folder that holds config.json and *.safetensors, "
+                             "or a Hub id such as Qwen/Qwen2.5-0.5B.")
+        folder = _download(section)
+    missing = [name for name, found in (
+        ("config.json", (folder / "config.json").is_file()),
+        ("weights (*.safetensors)", any(folder.glob("*.safetensors"))),
+        ("a tokenizer (tokenizer.json or tokenizer_config.json)",
+         any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json"))),
+    ) if not found]
+    if missing:
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        hint = (f" It has {', '.join(pickles)}: pickled weights are refused, because loading them can run code; "
+                "convert them with save_pretrained.") if pickles else ""
+        raise ModelError(f"model folder {folder}: no {', no '.join(missing)}. Wanted a folder as save_pretrained "
+                         f"writes it.{hint}")
+    return folder
+
+
+def _download(section: ModelSection) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(section.path, revision=section.revision, allow_patterns=DOWNLOADED))
+    except Exception as error:  # the Hub client raises a dozen types for "cannot"; the message is what helps
+        raise ModelError(f"model.path: {section.path!r} is neither a folder here nor to be had from the Hub "
+                         f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Check the name and the "
+                         "network, or download it first and give the folder.") from error
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"model folder {folder}: the tokenizer does not load ({str(error)[:300]}).") from error
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(folder: Path, dtype: str = "float32", *, trust_remote_code: bool = False) -> Any:
+    """A causal language model in evaluation mode (no dropout) on the first accelerator, or the CPU.
+
+    Raises:
+        ModelError: the weights do not fit the config, or the architecture wants code of its own.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    # transformers' own loading bars would stand between the lines of ours
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"model folder {folder}: does not load as a causal language model "
+                         f"({type(error).__name__}: {str(error)[:300]}).") from error
+    return model.to(device()).eval()
+
+
+def select_trainable(model: nn.Module, section: ModelSection) -> dict[str, nn.Parameter]:
+    """Freeze what does not train and return the rest by name, in the model's order.
+
+    With LoRA and no pattern of its own, the conflict is measured on what the adapters sit on: the weights of the
+    linear layers, without the output head.
+
+    Raises:
+        ModelError: no parameter matches.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if section.lora is not None and section.trainable == ["*"]:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        wanted = {f"{name}.weight" for name, module in model.named_modules()
+                  if isinstance(module, nn.Linear) and module is not head}
+    else:
+        wanted = {n for n in names if any(fnmatch.fnmatchcase(n, p) for p in section.trainable)}
+        idle = [p for p in section.trainable if not any(fnmatch.fnmatchcase(n, p) for n in names)]
+        if idle:
+            raise ModelError(f"model.trainable: no parameter matches {', '.join(idle)}. Names look like "
+                             f"{', '.join(names[:3])}, .., {names[-1]}; patterns use * and ?.")
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        if name in wanted:
+            chosen[name] = parameter
+    return chosen
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right to the longest. `rows` are their numbers in the unit."""
+
+    rows: np.ndarray
+    input_ids: Int[Tensor, "B S"]
+    attention_mask: Int[Tensor, "B S"]
+    response: Bool[Tensor, "B S"]
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return int(self.attention_mask.sum())
+
+
+def batches(rows: Rows, indices: np.ndarray, batch_tokens: int, where: torch.device) -> Iterator[Batch]:
+    """Length-bucketed batches of at most `batch_tokens` padded tokens (one row may exceed it), shortest first.
+
+    Sorting by length costs no accuracy (the sum does not depend on the order) and saves most of the padding.
+    """
+    order = indices[np.argsort(rows.lengths[indices], kind="stable")]
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end - start + 1) * int(rows.lengths[order[end]]) <= batch_tokens:
+            end += 1
+        yield _pad(rows, order[start:end], where)
+        start = end
+
+
+def _pad(rows: Rows, chosen: np.ndarray, where: torch.device) -> Batch:
+    width = int(rows.lengths[chosen].max())
+    ids = np.zeros((len(chosen), width), dtype=np.int64)
+    attention = np.zeros_like(ids)
+    response = np.zeros(ids.shape, dtype=bool)
+    for i, row in enumerate(chosen):
+        tokens, mask = rows.row(int(row))
+        ids[i, : len(tokens)] = tokens
+        attention[i, : len(tokens)] = 1
+        response[i, : len(tokens)] = mask
+    response[:, 0] = False  # nothing predicts a row's first token
+    return Batch(chosen, torch.from_numpy(ids).to(where), torch.from_numpy(attention).to(where),
+                 torch.from_numpy(response).to(where))
+
+
+def response_losses(model: Any, batch: Batch, *, select: bool) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+    """Negative log-likelihood (nats) of every response token, and the greedy token at its place.
+
+    Args:
+        select: multiply by the output head only where the loss is taken (see `can_select`): with short responses
+            that spares most of a forward pass for a model with a large vocabulary.
+    """
+    targets = batch.input_ids[:, 1:][batch.response[:, 1:]]
+    if select:
+        hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                                  use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[:, :-1][batch.response[:, 1:]])
+    else:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = logits[:, :-1][batch.response[:, 1:]]
+    logits = logits.float()
+    return nn.functional.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1)
+
+
+@torch.no_grad()
+def can_select(model: Any) -> bool:
+    """Whether head(last hidden state) are this model's logits. Some scale or cap them afterwards: then we do not."""
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(model, "base_model"):
+        return False
+    where = next(model.parameters()).device
+    ids = (torch.arange(6, device=where) * 7 % model.config.get_text_config().vocab_size)[None]
+    hidden = model.base_model(input_ids=ids, use_cache=False)
+    if not hasattr(hidden, "last_hidden_state"):
+        return False
+    ours, its = head(hidden.last_hidden_state).float(), model(input_ids=ids, use_cache=False).logits.float()
+    return ours.shape == its.shape and bool(torch.allclose(ours, its, rtol=1e-3, atol=1e-3))

@@ -1,0 +1,219 @@
+"""The recipe: one YAML, validated.
+
+`load_recipe` names every problem it finds in one message. Sections stand in the order of the pipeline.
+Paths in a recipe are relative to the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from anabranch.errors import RecipeError, closest, describe_validation_error
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Format = Literal["auto", "prompt_completion", "alpaca", "messages", "sharegpt", "text"]
+PARTITIONS = ("merit", "random", "stratified", "conflict_greedy", "kmeans", "joint", "soup")
+# What the trainer is told by the pipeline, so that branches agree; a recipe may not set them.
+OWNED_BY_PIPELINE = ("output_dir", "seed", "data_seed", "max_steps", "max_length", "report_to", "do_train", "do_eval",
+                     "resume_from_checkpoint", "packing", "dataset_text_field", "assistant_only_loss",
+                     "completion_only_loss", "remove_unused_columns", "save_only_model", "push_to_hub")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Section):
+    """The base: every branch starts from it."""
+
+    path: str = Field(description="Hub id or folder")
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute precision; master weights are fp32")
+    trainable: list[str] = Field(["*"], min_length=1, description="patterns over parameter names; the rest is frozen")
+    lora: dict[str, Any] | None = Field(None, description="peft.LoraConfig arguments; null trains the weights themselves")
+    trust_remote_code: bool = False
+
+
+class Source(Section):
+    """Where rows come from: a Hub dataset id, a file or a glob (.json .jsonl .parquet .csv, .gz and .zst of them)."""
+
+    path: str
+    unit: str | None = Field(None, description="name of the unit; default: the file's or the dataset's name")
+    unit_column: str | None = Field(None, description="a column whose values name the units")
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    format: Format = "auto"
+    columns: dict[str, str] = Field({}, description="our name -> the file's: {prompt: question, completion: answer}")
+    held_out: Fraction | str | None = Field(None, description="a fraction of the rows, or a path (Hub: a split)")
+    max_samples: int | None = Field(None, ge=1, description="training rows per unit, drawn by seed")
+    max_tokens: int | None = Field(None, ge=1, description="training tokens per unit and pass")
+    epochs: float | None = Field(None, gt=0, description="passes over the unit; may be fractional")
+
+    @model_validator(mode="after")
+    def _one_name(self) -> Source:
+        if self.unit and self.unit_column:
+            raise ValueError("give `unit` or `unit_column`, not both")
+        return self
+
+
+class MixtureSection(Section):
+    sources: list[Source] = Field(min_length=1)
+    held_out: Fraction = Field(0.1, description="fraction of each unit kept from training, by hash of the prompt")
+    max_samples: int | None = Field(None, ge=1, description="default of the sources")
+    max_tokens: int | None = Field(None, ge=1)
+    epochs: float = Field(1.0, gt=0)
+    max_length: int = Field(1024, ge=8, description="longer rows are left out, and named")
+    max_held_out: int | None = Field(None, ge=1, description="held-out rows per unit, drawn by seed")
+    min_samples: int = Field(2, ge=2, description="units with fewer training rows are left out, and named")
+    chat_template: str = Field("auto", description="auto, tokenizer, plain, or a .jinja file")
+
+
+class GradientSection(Section):
+    calibration_samples: int = Field(200, ge=2, description="training rows per unit behind its gradient")
+    sketch: Literal["fold", "stride", "full"] = "fold"
+    size: int = Field(2**16, ge=16, description="numbers of a fold sketch, per half and unit")
+    stride: int = Field(5, ge=1, description="stride sketch: every n-th entry (the paper: 5)")
+    batch_tokens: int = Field(8192, ge=1, description="padded tokens of a batch")
+
+
+class SplitSection(Section):
+    method: Literal["merit", "random", "stratified", "conflict_greedy", "kmeans", "joint", "soup"] = "merit"
+    groups: int = Field(4, ge=1, description="K, any integer")
+    matrix: Literal["cosine", "corrected", "gram"] = "cosine"
+
+
+class MergeSection(Section):
+    method: str = "token_weighted"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="of the result; null: the base's")
+    max_shard_size: str = "5GB"
+
+
+class EvaluateSection(Section):
+    max_samples: int = Field(100, ge=1, description="held-out rows per unit that are scored")
+    short_answer_tokens: int = Field(16, ge=0, description="references up to this long are also answered greedily")
+    generate_samples: int = Field(8, ge=0, description="rows per unit that are answered; 0: none")
+    branches: bool = True
+    batch_tokens: int = Field(16384, ge=1)
+    transfer: list[Source] = Field([], description="units that nobody trains on")
+    retention: list[Source] | Literal["held_out_prompts", "none"] = Field(
+        "held_out_prompts", description="plain text that the base could model before")
+
+
+class LaunchSection(Section):
+    max_parallel: int = Field(1, ge=1, description="branches that train at the same time on this machine")
+    threads: int | None = Field(None, ge=1, description="CPU threads per branch; null: cores / max_parallel")
+
+
+class Recipe(Section):
+    model: Model
+    mixture: MixtureSection
+    gradients: GradientSection = GradientSection()
+    split: SplitSection = SplitSection()
+    train: dict[str, Any] = Field({}, description="arguments of trl.SFTConfig, by their own names")
+    merge: MergeSection = MergeSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    launch: LaunchSection = LaunchSection()
+    output: Path = Path("run")
+    seed: int = 0
+
+    @field_validator("train")
+    @classmethod
+    def _not_ours(cls, train: dict[str, Any]) -> dict[str, Any]:
+        taken = [key for key in train if key in OWNED_BY_PIPELINE]
+        if taken:
+            raise ValueError(f"{', '.join(taken)}: set by the pipeline so that every branch agrees; take them out "
+                             "(length and epochs per unit are under `mixture`, the seed is `seed`)")
+        return train
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key given twice in one mapping."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key `{key}` stands twice", key_node.start_mark)
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read and validate a recipe; paths come back absolute where they exist beside the recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted key -> value, as from `--set split.groups=8`.
+    Raises:
+        RecipeError: every problem found, in one message.
+    """
+    try:
+        value = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read ({error.strerror}). "
+                          "`anabranch init recipe.yaml` writes one to start from.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path}: not valid YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"recipe {path}: the file holds {type(value).__name__}, wanted a mapping with at least "
+                          "`model:` and `mixture:`.")
+    for dotted, new in (overrides or {}).items():
+        here = value
+        *parents, last = dotted.split(".")
+        for part in parents:
+            here = here.setdefault(part, {})
+            if not isinstance(here, dict):
+                raise RecipeError(f"--set {dotted}: `{part}` is not a section of the recipe.")
+        here[last] = new
+    try:
+        recipe = Recipe.model_validate(value)
+    except ValidationError as error:
+        raise RecipeError.of(f"recipe {path}:", describe_validation_error(error, Recipe)) from error
+    return _anchored(recipe, path.resolve().parent)
+
+
+def _anchored(recipe: Recipe, folder: Path) -> Recipe:
+    """Relative local paths made absolute; what does not exist locally is left (a Hub id, or an error later)."""
+
+    def local(text: str) -> str:
+        if text.startswith(("hf://", "s3://", "gs://")) or Path(text).is_absolute():
+            return text
+        candidate = folder / text
+        looks_local = text.startswith(("./", "../", "~")) or any(c in text for c in "*?[") or candidate.exists()
+        return str(Path(text).expanduser() if text.startswith("~") else candidate) if looks_local else text
+
+    def source(s: Source) -> Source:
+        held_out = local(s.held_out) if isinstance(s.held_out, str) else s.held_out
+        return s.model_copy(update={"path": local(s.path), "held_out": held_out})
+
+    evaluate = recipe.evaluate
+    retention = evaluate.retention
+    return recipe.model_copy(update={
+        "model": recipe.model.model_copy(update={"path": local(recipe.model.path)}),
+        "mixture": recipe.mixture.model_copy(update={
+            "sources": [source(s) for s in recipe.mixture.sources],
+            "chat_template": (local(recipe.mixture.chat_template) if recipe.mixture.chat_template.endswith(".jinja")
+                              else recipe.mixture.chat_template)}),
+        "evaluate": evaluate.model_copy(update={
+            "transfer": [source(s) for s in evaluate.transfer],
+            "retention": [source(s) for s in retention] if isinstance(retention, list) else retention}),
+        "output": folder / recipe.output.expanduser(),
+    })
+
+
+def check_train_arguments(train: dict[str, Any], known: set[str]) -> None:
+    """Names under `train:` against the trainer's own. Raises RecipeError with every unknown one."""
+    problems = [f"train.{key}: the trainer has no such argument.{closest(key, known - set(OWNED_BY_PIPELINE))}"
+                for key in train if key not in known]
+    if problems:
+        raise RecipeError.of("recipe:", [p if len(p) < 400 else p.split(" Known:")[0] for p in problems])

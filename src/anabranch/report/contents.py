@@ -1,0 +1,144 @@
+"""What a run folder (or a comparison folder) holds so far; the report is made from this and from nothing else."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from anabranch.artifacts import (
+    BranchManifest,
+    Comparison,
+    Conflict,
+    Evaluation,
+    MergeManifest,
+    Mixture,
+    Plan,
+    file_digest,
+)
+from anabranch.errors import CorruptedError, OutputError
+
+A = TypeVar("A", Conflict, Plan, MergeManifest, Comparison)
+PLACES = ("held_out", "transfer", "retention")
+PLACE_WORDS = {"held_out": "held-out rows", "transfer": "transfer", "retention": "retention"}
+PLACE_MEANING = {
+    "held_out": "rows of the mixture's own units that no stage trained or calibrated on: was the mixture learned?",
+    "transfer": "units that nobody trained on: does it carry over?",
+    "retention": "plain text that the base could model before: was anything forgotten?",
+}
+_BIDI = {"\u202a", "\u202b", "\u202c", "\u202d", "\u202e", "\u2066", "\u2067", "\u2068", "\u2069", "\u200e", "\u200f"}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The artifacts of one folder. What is None or empty has not been made yet.
+
+    T units, R axes: `tensors` has cosine, corrected, gram [T, T] and scores [T, R], rows in `conflict.units` order.
+    """
+
+    name: str
+    mixture: Mixture
+    conflict: Conflict | None
+    tensors: dict[str, np.ndarray]
+    plan: Plan | None
+    branches: dict[int, BranchManifest]
+    merge: MergeManifest | None
+    evaluations: dict[str, Evaluation]
+    comparison: Comparison | None
+
+    @property
+    def groups(self) -> dict[str, int | None]:
+        """unit -> its group; None in a soup. Empty without a plan."""
+        return {u.unit: u.group for u in self.plan.units} if self.plan else {}
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The similarity [T, T] that the pictures show, finite: what the axes come from (cosine if that is `gram`)."""
+        assert self.conflict is not None
+        name = "corrected" if self.conflict.matrix == "corrected" else "cosine"
+        matrix = np.nan_to_num(self.tensors[name].astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        return np.clip((matrix + matrix.T) / 2, -1.0, 1.0)
+
+    @property
+    def models(self) -> list[str]:
+        """The evaluated models: base, branches by number, merged, then the rest by name."""
+
+        def place(name: str) -> tuple[int, int, str]:
+            number = name.removeprefix("branch-")
+            if name.startswith("branch-") and number.isdigit():
+                return 1, int(number), name
+            return {"base": 0, "merged": 2}.get(name, 3), 0, name
+
+        return sorted(self.evaluations, key=place)
+
+
+def read_contents(run: Path) -> Contents:
+    """Everything the folder has so far.
+
+    Raises:
+        OutputError: no mixture there, so this is no run folder (or the run has not begun).
+        CorruptedError: an artifact that is there and damaged.
+    """
+    run = run.resolve()
+    if not (run / "mixture" / "mixture.json").is_file():
+        raise OutputError(f"{run}: no mixture/mixture.json there, so there is nothing to report. Give the folder named by "
+                          "`output` in the recipe; `anabranch run recipe.yaml` makes it.")
+    conflict = _maybe(Conflict, run / "conflict" / "conflict.json")
+    manifests = sorted((run / "branches").glob("*/branch.json")) if (run / "branches").is_dir() else []
+    branches = [BranchManifest.load(path) for path in manifests]
+    evaluations = {path.stem: Evaluation.load(path) for path in sorted((run / "evaluation").glob("*.json"))}
+    return Contents(
+        name=run.name,
+        mixture=Mixture.load(run / "mixture" / "mixture.json"),
+        conflict=conflict,
+        tensors=_tensors(run / "conflict" / "conflict.safetensors", conflict) if conflict else {},
+        plan=_maybe(Plan, run / "plan.json"),
+        branches={b.branch: b for b in sorted(branches, key=lambda b: b.branch)},
+        merge=_maybe(MergeManifest, run / "merged" / "anabranch-merge.json"),
+        evaluations=evaluations,
+        comparison=_maybe(Comparison, run / "compare.json"),
+    )
+
+
+def _maybe(kind: type[A], path: Path) -> A | None:
+    return kind.load(path) if path.is_file() else None
+
+
+def _tensors(path: Path, conflict: Conflict) -> dict[str, np.ndarray]:
+    remedy = "Delete the conflict folder and run again."
+    try:
+        found = file_digest(path)
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CorruptedError(f"{path}: cannot be read ({error}). {remedy}") from error
+    if found != conflict.tensors_sha256:
+        raise CorruptedError(f"{path}: SHA-256 is {found[:12]}, conflict.json says {conflict.tensors_sha256[:12]}. {remedy}")
+    units = len(conflict.units)
+    wanted = {"cosine": (units, units), "corrected": (units, units)}
+    problems = [f"{name}: got {tensors[name].shape if name in tensors else 'nothing'}, wanted {shape}"
+                for name, shape in wanted.items() if name not in tensors or tensors[name].shape != shape]
+    scores = tensors.get("scores")
+    if scores is None or scores.ndim != 2 or len(scores) != units:
+        problems.append(f"scores: got {None if scores is None else scores.shape}, wanted ({units}, R)")
+    if problems:
+        raise CorruptedError.of(f"{path}: tensors do not fit conflict.json. {remedy}", problems)
+    return tensors
+
+
+def clean(text: str) -> str:
+    """A name from data as one printable line: control, surrogate and direction-changing characters become U+FFFD."""
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in _BIDI else c for c in text)
+
+
+def shorten(text: str, width: int) -> str:
+    """At most `width` characters, cut in the middle: names of units often differ at both ends."""
+    text = clean(text)
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return text[: width - 1 - tail] + "…" + text[len(text) - tail:]

@@ -1,0 +1,257 @@
+"""The report's tables as plain strings; the page and the terminal set them each in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from anabranch.artifacts import ArmRun, ArmSummary, Comparison, Exclusion, Unit
+from anabranch.report.contents import PLACE_WORDS, PLACES, Contents
+from anabranch.report.verdict import answers, difference, macro, signed, token_weighted
+
+RULES = {
+    "empty_response": "empty response", "empty_prompt": "empty prompt", "over_long": "longer than max_length",
+    "malformed": "malformed row", "duplicate_held_out": "also in training rows", "max_samples": "over max_samples",
+    "max_tokens": "over max_tokens", "too_few_samples": "too few rows in the unit",
+}
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows` hold raw text (not escaped); the first `words` columns are text, the rest numbers."""
+
+    caption: str
+    headers: list[str]
+    rows: list[list[str]]
+    words: int = 1
+    total: list[str] | None = None
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return NONE if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return NONE if low is None or high is None else f"{signed(low)} to {signed(high)}"
+
+
+def mixture_table(contents: Contents) -> Table:
+    """One row per unit of the mixture, and what they sum to."""
+    mixture, left_out = contents.mixture, _rows_left_out(contents.mixture.excluded)
+
+    def row(unit: Unit) -> list[str]:
+        return [unit.name, unit.format, f"{unit.rows:,}", f"{unit.epochs:g}", f"{unit.samples:,}", f"{unit.tokens:,}",
+                f"{unit.response_tokens:,}", f"{unit.held_out_rows:,}", f"{left_out.get(unit.name, 0):,}"]
+
+    units = mixture.units
+    total = [f"all {len(units)} units", "", f"{sum(u.rows for u in units):,}", "", f"{sum(u.samples for u in units):,}",
+             f"{mixture.tokens:,}", f"{sum(u.response_tokens for u in units):,}",
+             f"{sum(u.held_out_rows for u in units):,}", f"{sum(left_out.get(u.name, 0) for u in units):,}"]
+    return Table("Units of the mixture", ["unit", "format", "training rows", "passes", "samples", "tokens",
+                                          "response tokens", "held-out rows", "rows left out"],
+                 [row(u) for u in units], 2, total)
+
+
+def other_units_table(contents: Contents) -> Table:
+    """Units that are only evaluated on."""
+    rows = [[u.name, kind, f"{u.held_out_rows:,}", f"{u.held_out_tokens:,}"]
+            for kind, units in (("transfer", contents.mixture.transfer), ("retention", contents.mixture.retention))
+            for u in units]
+    return Table("Units that nobody trains on", ["unit", "used for", "rows", "tokens"], rows, 2)
+
+
+def _rows_left_out(excluded: Sequence[Exclusion]) -> dict[str, int]:
+    count: dict[str, int] = {}
+    for e in excluded:
+        count[e.unit] = count.get(e.unit, 0) + e.rows
+    return count
+
+
+def excluded_table(contents: Contents) -> Table:
+    """Everything left out, by unit and rule."""
+    rows = [[e.unit, RULES[e.rule], e.split.replace("_", "-"), e.example, f"{e.rows:,}"] for e in contents.mixture.excluded]
+    total = ["all", "", "", "", f"{sum(e.rows for e in contents.mixture.excluded):,}"]
+    return Table("Left out by rule", ["unit", "rule", "rows of", "first such row", "rows"], rows, 4, total)
+
+
+def conflicting_table(contents: Contents) -> Table:
+    assert contents.conflict is not None
+    rows = [[a, b, number(c)] for a, b, c in contents.conflict.most_conflicting]
+    return Table("Most opposed pairs", ["unit", "unit", "cosine"], rows, 2)
+
+
+def spectral_table(contents: Contents) -> Table:
+    assert contents.conflict is not None
+    rows = [[f"{t.axes} → {2 ** t.axes} groups", f"{t.random_gain:.3g}", f"{t.pca_bound:.3g}", f"{t.ratio:.2f}",
+             "yes" if t.above_random else "not assured"] for t in contents.conflict.spectral_tests]
+    return Table("Spectral test: how far branches drift apart, not which arm wins",
+                 ["axes", "random split, expected", "split along the axes, at least", "ratio", "farther than random?"], rows)
+
+
+def typical_units(contents: Contents, group: int, count: int = 3) -> list[str]:
+    """The group's units with the highest mean similarity to the rest of their group, best first."""
+    if contents.conflict is None:
+        return []
+    groups, units = contents.groups, contents.conflict.units
+    members = [i for i, u in enumerate(units) if groups.get(u) == group]
+    if len(members) < 2:
+        return [units[i] for i in members]
+    block = contents.matrix[np.ix_(members, members)]
+    mean = (block.sum(axis=1) - np.diag(block)) / (len(members) - 1)
+    return [units[members[i]] for i in np.argsort(-mean, kind="stable")[:count]]
+
+
+def groups_table(contents: Contents) -> Table:
+    assert contents.plan is not None
+    rows = [[f"group {g.group}", ", ".join(typical_units(contents, g.group)) or NONE, f"{g.units:,}", f"{g.samples:,}",
+             f"{g.tokens:,}", number(g.weight)] for g in contents.plan.groups]
+    return Table("Groups", ["group", "most typical units", "units", "samples", "tokens", "weight in the merge"], rows, 2)
+
+
+def branches_table(contents: Contents) -> Table:
+    rows = []
+    for k, b in contents.branches.items():
+        moved = contents.merge.branch_displacements if contents.merge else []
+        rows.append([f"branch {k}", f"{len(b.group_units):,}", f"{b.steps:,}", f"{b.tokens_planned:,}", f"{b.tokens_seen:,}",
+                     number(b.final_loss), number(moved[k] if k < len(moved) else None, 2)])
+    return Table("Branches", ["branch", "units", "steps", "tokens planned", "tokens seen", "last training loss",
+                              "distance from base"], rows)
+
+
+def evaluation_table(contents: Contents, place: str) -> Table:
+    """Every evaluated model at one place, against the base."""
+    base, rows = contents.evaluations.get("base"), []
+    for name in contents.models:
+        evaluation = contents.evaluations[name]
+        scores = getattr(evaluation, place)
+        against = difference(evaluation, base, place) if base is not None and name != "base" else None
+        rows.append([name, number(macro(scores)), number(token_weighted(scores)),
+                     signed(against.mean) if against else NONE,
+                     _interval(against.low, against.high) if against else NONE,
+                     f"{against.wins} / {against.ties} / {against.losses}" if against else NONE,
+                     number(answers(scores, "exact_match")), number(answers(scores, "f1"))])
+    units = max((len(getattr(e, place)) for e in contents.evaluations.values()), default=0)
+    return Table(f"{PLACE_WORDS[place].capitalize()} ({units} unit{'' if units == 1 else 's'})",
+                 ["model", "loss", "token-weighted", "against base", "95 % interval", "won / tied / lost", "exact match", "F1"],
+                 rows)
+
+
+
+def places_evaluated(contents: Contents) -> list[str]:
+    return [p for p in PLACES if any(getattr(e, p) for e in contents.evaluations.values())]
+
+
+def worst_table(contents: Contents, count: int = 6) -> Table | None:
+    """Units where the merged model lost most against the base, over all places."""
+    base, merged = contents.evaluations.get("base"), contents.evaluations.get("merged")
+    if base is None or merged is None:
+        return None
+    rows = []
+    for place in PLACES:
+        if (d := difference(merged, base, place)) is None:
+            continue
+        for unit, value in d.worst(count):
+            before, after = getattr(base, place)[unit].loss, getattr(merged, place)[unit].loss
+            rows.append([unit, PLACE_WORDS[place], number(before), number(after), signed(value)])
+    return Table("Units that got worse than the base, worst first at each place", ["unit", "place", "base", "merged", "difference"], rows, 2)
+
+
+def unit_table(contents: Contents) -> Table | None:
+    """Every unit: base and merged."""
+    base, merged = contents.evaluations.get("base"), contents.evaluations.get("merged")
+    if base is None or merged is None:
+        return None
+    groups = contents.groups
+    rows = []
+    for place in PLACES:
+        d = difference(merged, base, place)
+        for unit, value in (d.by_unit.items() if d else ()):
+            group = groups.get(unit) if place == "held_out" else None
+            rows.append([unit, PLACE_WORDS[place], NONE if group is None else str(group), number(getattr(base, place)[unit].loss),
+                         number(getattr(merged, place)[unit].loss), signed(value)])
+    return Table("Every unit", ["unit", "place", "group", "base", "merged", "difference"], rows, 3)
+
+
+def arms_table(comparison: Comparison) -> Table:
+    """One row per arm: its loss at the three places and what it cost."""
+    cell = {(s.arm, s.place): s for s in comparison.summary}
+    rows = []
+    for arm in dict.fromkeys([*(s.arm for s in comparison.summary), *(r.arm for r in comparison.runs)]):
+        runs = [r for r in comparison.runs if r.arm == arm]
+        losses = [number(cell[arm, place].loss) if (arm, place) in cell else NONE for place in PLACES]
+        rows.append([arm, *losses, number(_mean(runs, "displacement"), 2), number(_mean(runs, "alpha"), 2),
+                     f"{_mean(runs, 'tokens') or 0:,.0f}", f"{max((r.branches for r in runs), default=0)}"])
+    return Table(f"Every arm, mean over {len(comparison.seeds)} seed{'' if len(comparison.seeds) == 1 else 's'}",
+                 ["arm", "held-out", "transfer", "retention", "distance from base", "share of joint's step",
+                  "training tokens", "branches"], rows)
+
+
+def _mean(runs: Sequence[ArmRun], name: str) -> float | None:
+    values = [v for r in runs if (v := getattr(r, name)) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def place_table(comparison: Comparison, place: str) -> Table:
+    """One place in full: intervals, units won, seeds."""
+
+    def row(s: ArmSummary) -> list[str]:
+        against = s.versus_joint is not None and s.arm != "joint"
+        return [s.arm, number(s.loss), f"{s.loss_low:.3f} to {s.loss_high:.3f}", number(s.token_loss),
+                signed(s.versus_joint) if against and s.versus_joint is not None else NONE,
+                f"{s.wins} / {s.ties} / {s.losses}" if against else NONE,
+                NONE if s.wilcoxon_p is None else f"{s.wilcoxon_p:.3f}",
+                ", ".join(number(v) for v in s.loss_by_seed), number(s.exact_match), number(s.f1)]
+
+    return Table(PLACE_WORDS[place].capitalize(), ["arm", "loss", "95 % interval", "token-weighted", "against joint",
+                                                  "won / tied / lost", "p over seeds", "loss by seed", "exact match", "F1"],
+                 [row(s) for s in comparison.summary if s.place == place])
+
+
+def not_done(contents: Contents) -> list[str]:
+    """One line per stage that has left nothing, or not all, yet. A comparison folder trains its arms elsewhere."""
+    if contents.comparison is not None and contents.plan is None:
+        return [] if contents.conflict else ["Conflict: not measured yet."]
+    lines = []
+    if contents.conflict is None:
+        lines.append("Conflict: not measured yet.")
+    if contents.plan is None:
+        lines.append("Split: no plan yet.")
+    elif missing := [str(g.group) for g in contents.plan.groups if g.group not in contents.branches]:
+        lines.append(f"Branches: {len(contents.branches)} of {len(contents.plan.groups)} trained; missing: {', '.join(missing)}.")
+    if contents.merge is None:
+        lines.append("Merge: not done yet.")
+    missing = [name for name in ("base", "merged") if name not in contents.evaluations]
+    if missing:
+        lines.append(f"Evaluation: not scored yet: {', '.join(missing)}.")
+    return lines
+
+
+def key_numbers(contents: Contents) -> list[tuple[str, str, str]]:
+    """(what, figure, in plain words), only what is known."""
+    mixture, conflict = contents.mixture, contents.conflict
+    out = [("mixture", f"{len(mixture.units):,} units", f"{mixture.tokens:,} training tokens, "
+            f"{sum(u.held_out_rows for u in mixture.units):,} held-out rows")]
+    if conflict is not None:
+        out.append(("conflict", f"{conflict.negative_share:.0%} of pairs",
+                    f"pull against each other (cosine below 0); mean {number(conflict.cosine_mean)}, lowest {number(conflict.cosine_min)}"))
+    if contents.plan is not None:
+        weights = [g.weight for g in contents.plan.groups]
+        out.append(("split", f"{len(weights)} group{'' if len(weights) == 1 else 's'}",
+                    f"method {contents.plan.method}, weights {min(weights, default=0):.3f} to {max(weights, default=0):.3f}"))
+    if contents.merge is not None:
+        moved = contents.merge.branch_displacements
+        branches = f"branches {min(moved):.2f} to {max(moved):.2f}; " if moved else ""
+        out.append(("step of the merge", number(contents.merge.displacement, 2), f"distance from the base; {branches}{contents.merge.method}"))
+    base, merged = contents.evaluations.get("base"), contents.evaluations.get("merged")
+    if base and merged:
+        for place in places_evaluated(contents):
+            if d := difference(merged, base, place):
+                before, after = macro(getattr(base, place)), macro(getattr(merged, place))
+                out.append((PLACE_WORDS[place], signed(d.mean), f"loss {number(before)} → {number(after)}, base → merged"))
+    if contents.comparison is not None:
+        arms = {s.arm for s in contents.comparison.summary}
+        out.append(("comparison", f"{len(arms)} arms", f"{len(contents.comparison.seeds)} seeds, equal token budget"))
+    return out

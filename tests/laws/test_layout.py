@@ -1,0 +1,78 @@
+"""The layout's rules, held by reading the imports."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "anabranch"
+MODULES = sorted(SOURCE.rglob("*.py"))
+STAGES = {"mixture", "gradients", "conflict", "partition", "branches", "evaluate"}
+PURE = ["conflict.py", "partition.py", "theory.py", "merge"]
+PURE_MAY_IMPORT = {"artifacts", "errors", "rows", "merge", "theory", "recipe"}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    """First-level modules of the package that a module imports."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("anabranch.")}
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_stages_are_joined_by_files_not_by_imports(stage):
+    assert not ours(SOURCE / f"{stage}.py") & (STAGES - {stage})
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_maths_knows_no_file(name):
+    path = SOURCE / name
+    for module in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        assert ours(module) <= PURE_MAY_IMPORT, module
+        assert not imports(module) & {"pathlib", "os", "io", "safetensors", "shutil"}, module
+        assert not re.search(r"\bopen\(", module.read_text()), module
+
+
+def test_engine_knows_no_formula():
+    for module in (SOURCE / "engine").glob("*.py"):
+        assert not {n for n in imports(module) if n.startswith("anabranch.merge.")}, module
+
+
+def test_no_junk_drawer():
+    junk = {"utils", "util", "common", "helpers", "helper", "core", "base", "types", "misc"}
+    assert not {m.stem for m in MODULES} & junk
+    assert not {m.parent.name for m in MODULES} & junk
+
+
+def test_no_pickle_and_no_remote_code_by_default():
+    for module in MODULES:
+        text = module.read_text()
+        assert not imports(module) & {"pickle", "joblib", "dill", "cloudpickle"}, module
+        assert "torch.load(" not in text and "torch.save(" not in text, module
+        assert "trust_remote_code=True" not in text, module
+
+
+def test_cli_imports_nothing_heavy_before_it_has_parsed():
+    top = ast.parse((SOURCE / "cli.py").read_text()).body
+    names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
+    assert not {n.split(".")[0] for n in names} & {"torch", "transformers", "trl", "datasets", "numpy", "scipy"}
+    assert {n for n in names if n.startswith("anabranch")} <= {"anabranch.errors"}
+
+
+def test_every_module_says_what_it_is():
+    bare = [m for m in MODULES if m.name != "__main__.py" and not ast.get_docstring(ast.parse(m.read_text()))]
+    assert not bare
