@@ -36,7 +36,7 @@ def train_settings(recipe: Recipe) -> dict[str, Any]:
     """The trainer's arguments of every branch: ours where the recipe is silent."""
     ours = {"learning_rate": 2e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "max_grad_norm": 1.0,
             "weight_decay": 0.0, "num_train_epochs": 1, "per_device_train_batch_size": 8, "logging_steps": 10,
-            "save_strategy": "steps", "save_steps": 500, "save_total_limit": 1, "gradient_checkpointing": False}
+            "save_strategy": "steps", "save_steps": 500, "save_total_limit": 1, "activation_checkpointing": False}
     return ours | recipe.train
 
 

@@ -220,6 +220,23 @@ def compare_arm(folder: Path, arm: str, seed: int) -> None:
 
 
 @app.command()
+def harness(
+    model: Annotated[Path, typer.Argument(help="a model folder: RUN/merged, say")],
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated")],
+    include_path: Annotated[Path | None, typer.Option(help="a folder of task YAML files of your own")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="rows per task")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON file")] = Path("harness.json"),
+) -> None:
+    """Score a model folder with lm-evaluation-harness."""
+    from anabranch.harness import write_harness
+
+    names = [t for t in tasks.split(",") if t]
+    for task, metrics in write_harness(model, names, output, include_path=include_path, limit=limit).items():
+        _tell(f"{task}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+    _tell(f"written: {output}")
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="where to make it")] = Path("demo-run"),
     seeds: Annotated[int, typer.Option(min=1, help="seeds of the comparison")] = 1,

@@ -136,7 +136,7 @@ def inner_products(
             halves[i] += _half_products(a, b)
             mean = share_a[i] * a + share_b[i] * b
             alive[i] = alive[i] or mean.any()
-            exponents[i] = _exponent(mean)
+            exponents[i] = _exponent(_dot(mean, mean))
         if not len(new) or not np.isfinite(halves).all():
             continue
         whole = np.zeros_like(fresh)
@@ -199,12 +199,17 @@ def _known_rows(
     return {i: places[key] for i, key in enumerate(here) if key in places}
 
 
-def _exponent(row: Floats) -> int:
+def _dot(a: Floats, b: Floats) -> float:
+    """<a,b> on one thread: BLAS wakes all of its threads for each of these short sums, slow on a busy machine."""
+    return float(np.einsum("i,i->", a, b))
+
+
+def _exponent(squared_norm: float) -> int:
     """e such that |row| 2^e lies in (2^25, 2^26]; 0 for a row of zeros or one that is not finite.
 
     The nudge keeps rows whose norm is a power of two (one-hot ones, say) on one side whatever the order of summation.
     """
-    squared = float(row @ row) * (1 + 2.0**-30)
+    squared = squared_norm * (1 + 2.0**-30)
     if squared == 0 or not math.isfinite(squared):
         return 0
     return NORM_BITS + (-math.frexp(squared)[1]) // 2
@@ -212,12 +217,13 @@ def _exponent(row: Floats) -> int:
 
 def _half_products(a: Floats, b: Floats) -> tuple[float, float, float]:
     """<a,b>, <a,a>, <b,b> of one block, by the same exact sums of integers; nan where a number is not finite."""
-    if not (math.isfinite(float(a @ a)) and math.isfinite(float(b @ b))):
+    squared_a, squared_b = _dot(a, a), _dot(b, b)
+    if not (math.isfinite(squared_a) and math.isfinite(squared_b)):
         return math.nan, math.nan, math.nan
-    e, f = _exponent(a), _exponent(b)
+    e, f = _exponent(squared_a), _exponent(squared_b)
     whole_a, whole_b = np.rint(a * 2.0**e), np.rint(b * 2.0**f)
-    return (math.ldexp(float(whole_a @ whole_b), -e - f), math.ldexp(float(whole_a @ whole_a), -2 * e),
-            math.ldexp(float(whole_b @ whole_b), -2 * f))
+    return (math.ldexp(_dot(whole_a, whole_b), -e - f), math.ldexp(_dot(whole_a, whole_a), -2 * e),
+            math.ldexp(_dot(whole_b, whole_b), -2 * f))
 
 
 def _integers(

@@ -21,6 +21,7 @@ apart, so that noise can be corrected for and reliability told.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from anabranch.artifacts import GradientRecord, Gradients, Mixture, Unit, digest, write_atomically
+from anabranch.artifacts import GradientRecord, Gradients, Mixture, Unit, canonical, digest, write_atomically
 from anabranch.errors import CorruptedError, MixtureError, ModelError
 from anabranch.model import batches, can_select, load_model, response_losses, select_trainable
 from anabranch.recipe import GradientSection, Recipe
@@ -198,8 +199,10 @@ def _sketch_units(recipe: Recipe, units: list[Unit], keys: dict[str, str], mixtu
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise ModelError(f"unit {unit.name!r}: its gradient at the base is not finite. The base's weights may hold "
                              "NaN, or `model.dtype` is too narrow: try `dtype: float32`.")
-        metadata = {"unit": unit.name, "key": keys[unit.name], "tokens_a": str(tokens_a), "tokens_b": str(tokens_b),
-                    "examples": str(len(halves[0]) + len(halves[1])), "parameters": str(entries)}
+        about = {"unit": unit.name, "key": keys[unit.name], "tokens_a": tokens_a, "tokens_b": tokens_b,
+                 "examples": len(halves[0]) + len(halves[1]), "parameters": entries}
+        # one entry: safetensors writes several in an order that changes from process to process
+        metadata = {"anabranch": canonical(about).decode()}
         write_atomically(_file(out, unit.name), save({"half_a": a, "half_b": b}, metadata))
     if progress:
         progress("", total, total)
@@ -215,7 +218,7 @@ def _is_there(out: Path, unit: Unit, key: str) -> bool:
         return False
     try:
         with safe_open(path, "np") as file:
-            return (file.metadata() or {}).get("key") == key
+            return json.loads((file.metadata() or {})["anabranch"])["key"] == key
     except Exception:  # a damaged file counts as absent: it is computed again
         return False
 
@@ -224,18 +227,17 @@ def _record(out: Path, unit: Unit, key: str) -> tuple[GradientRecord, int, int]:
     path = _file(out, unit.name)
     try:
         with safe_open(path, "np") as file:
-            metadata, size = file.metadata(), file.get_slice("half_a").get_shape()[0]
+            about, size = json.loads(file.metadata()["anabranch"]), file.get_slice("half_a").get_shape()[0]
     except Exception as error:
         raise CorruptedError(f"{path}: unreadable gradient sketch of unit {unit.name!r} ({error}). Delete it and run "
                              "the same command again.") from error
-    if metadata["key"] != key:
+    if about["key"] != key:
         raise MixtureError(f"{path}: the sketch of unit {unit.name!r} was made with other settings or data. Run every "
                            "shard of `anabranch gradients` with the same recipe.")
     data = path.read_bytes()
     record = GradientRecord(unit=unit.name, file=f"units/{path.name}", sha256=hashlib.sha256(data).hexdigest(),
-                            examples=int(metadata["examples"]), tokens_a=int(metadata["tokens_a"]),
-                            tokens_b=int(metadata["tokens_b"]))
-    return record, int(metadata["parameters"]), size
+                            examples=about["examples"], tokens_a=about["tokens_a"], tokens_b=about["tokens_b"])
+    return record, about["parameters"], size
 
 
 def load_halves(folder: Path, record: GradientRecord) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:

@@ -28,12 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import anabranch.merge as maths
 from anabranch.artifacts import MergeManifest, digest, file_digest, write_atomically
 from anabranch.engine.checkpoint import INDEX, PICKLES, Checkpoint, weight_files
 from anabranch.engine.plan import DTYPES, ITEM_SIZES, MERGED, OutputPlan, Shard, Step, label, line_up, plan_output
 from anabranch.errors import AnabranchError, CorruptedError, OutputError, RecipeError, closest
-from anabranch.merge import Argument, MergeMethod, arguments_for, method_named
-from anabranch.merge.displacement import squared_distance
 
 MANIFEST = "anabranch-merge.json"
 JOURNAL = ".merge-journal.json"
@@ -60,8 +59,8 @@ class _Journal:
 class _Job:
     """One merge, checked and planned. `_stack`, `_base`, `_rounded` are the buffers that every tensor reuses."""
 
-    method: MergeMethod
-    arguments: dict[str, Argument]
+    method: maths.MergeMethod
+    arguments: dict[str, maths.Argument]
     weights: list[float]
     base: Checkpoint
     branches: list[Checkpoint]
@@ -105,7 +104,7 @@ class _Job:
         rounded.copy_(exact)
         if not bool(torch.isfinite(rounded).all()):
             raise self._not_finite(step, stack, base)
-        return _bytes_of(rounded), [squared_distance(t, base) for t in (exact, *stack)]
+        return _bytes_of(rounded), [maths.squared_distance(t, base) for t in (exact, *stack)]
 
     def _not_finite(self, step: Step, stack: Tensor, base: Tensor) -> AnabranchError:
         inputs = {f"the base ({self.base.folder})": base} | {
@@ -128,7 +127,7 @@ class _Job:
             raise OutputError(self.no_room(_reason(error))) from error
 
     def no_room(self, reason: str) -> str:
-        present = sum(p.stat().st_size for p in self.partial.rglob("*") if p.is_file()) if self.partial.exists() else 0
+        present = sum(p.stat().st_size for p in self.partial.rglob("*") if p.is_file() and p.name != JOURNAL)
         free = shutil.disk_usage(_existing_parent(self.out)).free
         kept = (f" What is written so far ({present:,} bytes) stays in {self.partial} and will be used; delete that "
                 "folder if you give up." if present else "")
@@ -173,8 +172,8 @@ def merge_checkpoints(
         ShapeMismatch: inputs whose tensors do not line up, all of them in one message.
         OutputError: no space, no permission, `out` holds something else, or another merge is writing it.
     """
-    record = method_named(method)
-    arguments = arguments_for(record, parameters or {})
+    record = maths.method_named(method)
+    arguments = maths.arguments_for(record, parameters or {})
     _check_request(record, arguments, branches, weights, dtype)
     origin = Checkpoint.open(base)
     wanted = {"method": method, "arguments": arguments, "weights": weights, "made_from": made_from,
@@ -214,7 +213,7 @@ def verify_manifest(folder: Path) -> list[str]:
     return problems + [f"{folder / name}: not made by the merge" for name in sorted(added)]
 
 
-def _check_request(method: MergeMethod, arguments: Mapping[str, Argument], branches: Sequence[Path],
+def _check_request(method: maths.MergeMethod, arguments: Mapping[str, maths.Argument], branches: Sequence[Path],
                    weights: Sequence[float], dtype: str | None) -> None:
     """Raises RecipeError. The method itself judges weights and arguments, on tensors of one number, before any read."""
     if not branches:
@@ -230,7 +229,7 @@ def _check_request(method: MergeMethod, arguments: Mapping[str, Argument], branc
         raise RecipeError(f"merge method {method.name}: {error}") from error
 
 
-def _call(method: MergeMethod, inputs: Mapping[str, Tensor], arguments: Mapping[str, Argument]) -> Tensor:
+def _call(method: maths.MergeMethod, inputs: Mapping[str, Tensor], arguments: Mapping[str, maths.Argument]) -> Tensor:
     with torch.no_grad():
         return method.function(*(inputs[name] for name in method.inputs), **arguments)
 
@@ -327,10 +326,9 @@ def _holds(job: _Job, done: int) -> bool:
 def _check_space(job: _Job, journal: _Journal) -> None:
     written = sum(step.stop - step.start for step in job.plan.steps[: journal.done])
     if job.size - written > shutil.disk_usage(job.partial).free:
-        reason = job.no_room("the disk has too little space")
         if journal.done == 0:
-            shutil.rmtree(job.partial)
-        raise OutputError(reason)
+            shutil.rmtree(job.partial)  # it holds a journal and nothing else
+        raise OutputError(job.no_room("the disk has too little space"))
 
 
 def _stream(job: _Job, journal: _Journal, progress: Callable[[int, int], None] | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from anabranch.errors import RecipeError, closest
+from anabranch.merge.displacement import squared_distance as squared_distance
 
 Argument = float | int | bool | str
 INPUTS = ("branches", "base", "weights")

@@ -86,8 +86,8 @@ def read_contents(run: Path) -> Contents:
     """
     run = run.resolve()
     if not (run / "mixture" / "mixture.json").is_file():
-        raise OutputError(f"{run}: no mixture/mixture.json there, so there is nothing to report. Give the folder named by "
-                          "`output` in the recipe; `anabranch run recipe.yaml` makes it.")
+        raise OutputError(f"{run}: no mixture/mixture.json there, so there is nothing to report. Give the folder named "
+                          "by `output` in the recipe; `anabranch run recipe.yaml` makes it.")
     conflict = _maybe(Conflict, run / "conflict" / "conflict.json")
     manifests = sorted((run / "branches").glob("*/branch.json")) if (run / "branches").is_dir() else []
     branches = [BranchManifest.load(path) for path in manifests]
@@ -117,7 +117,8 @@ def _tensors(path: Path, conflict: Conflict) -> dict[str, np.ndarray]:
     except (OSError, SafetensorError) as error:
         raise CorruptedError(f"{path}: cannot be read ({error}). {remedy}") from error
     if found != conflict.tensors_sha256:
-        raise CorruptedError(f"{path}: SHA-256 is {found[:12]}, conflict.json says {conflict.tensors_sha256[:12]}. {remedy}")
+        raise CorruptedError(f"{path}: SHA-256 is {found[:12]}, conflict.json says {conflict.tensors_sha256[:12]}. "
+                             f"{remedy}")
     units = len(conflict.units)
     wanted = {"cosine": (units, units), "corrected": (units, units)}
     problems = [f"{name}: got {tensors[name].shape if name in tensors else 'nothing'}, wanted {shape}"

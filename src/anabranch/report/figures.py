@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -38,6 +38,7 @@ from anabranch.report.verdict import Difference, macro, signed
 
 MARKERS = "os^DvPX*"
 DASHES = ("-", "--", "-.", ":")
+Box = tuple[float, float, float, float]  # left, bottom, width, height as shares of the figure
 LABELLED_UNITS = 60  # more rows than this and the heat map carries no names
 CURVE_POINTS = 300
 
@@ -109,7 +110,8 @@ def svg(name: str, alt: str, draw: Callable[[Figure, Theme], None], size: tuple[
 def _inline(text: str, name: str, alt: str, size: tuple[float, float]) -> str:
     text = text[text.index("<svg"):]
     body = re.sub(r"<metadata>.*?</metadata>", "", text[text.index(">") + 1:], flags=re.S)
-    body = re.sub(r' id="tip-([0-9a-f]*)">', lambda m: f"><title>{html.escape(bytes.fromhex(m[1]).decode())}</title>", body)
+    body = re.sub(r' id="tip-([0-9a-f]*)">',
+                  lambda m: f"><title>{html.escape(bytes.fromhex(m[1]).decode())}</title>", body)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
     body = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", body)
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", body)
@@ -124,11 +126,11 @@ def _inline(text: str, name: str, alt: str, size: tuple[float, float]) -> str:
 
 
 def _tip(artist: Any, text: str) -> None:
-    """What a pointer that rests on the mark is told; in hex on its way through matplotlib, so that no name is markup."""
+    """What a pointer resting on the mark is told; in hex on its way through matplotlib, so that no name is markup."""
     artist.set_gid("tip-" + clean(text).encode().hex())
 
 
-def _dress(axes: Axes, theme: Theme, grid: str | None = None) -> None:
+def _dress(axes: Axes, theme: Theme, grid: Literal["x", "y", "both"] | None = None) -> None:
     axes.set_facecolor("none")
     for spine in axes.spines.values():
         spine.set_color(theme.line)
@@ -159,22 +161,21 @@ def heat_order(matrix: np.ndarray) -> np.ndarray:
 def heat_size(units: int) -> tuple[float, float]:
     """Width and height of the heat map, in CSS pixels at scale one."""
     if units > LABELLED_UNITS:
-        return 620.0, 650.0
+        return 460.0, 490.0
     side = max(220.0, units * (15.0 if units <= 36 else 11.5))
     return side + 212.0, side + 86.0
 
 
-def draw_heat_map(figure: Figure, theme: Theme, contents: Contents, box: tuple[float, float, float, float] | None = None) -> None:
+def draw_heat_map(figure: Figure, theme: Theme, contents: Contents, box: Box | None = None) -> None:
     """Cosines in clustered order, with group bars left and above; named rows where they stay legible."""
     assert contents.conflict is not None
     matrix, units = contents.matrix, contents.conflict.units
     order, count = heat_order(matrix), len(units)
     named = count <= LABELLED_UNITS and box is None
     width, height = heat_size(count)
-    bar = 9 / width
-    left, bottom, w, h = box or ((180 if named else 24) / width, 48 / height, (width - (212 if named else 60)) / width, 0)
-    if box is None:
-        h = w * width / height
+    bar = 9 / (72 * figure.get_figwidth())
+    start, side = (180, width - 212) if named else (24, width - 60)
+    left, bottom, w, h = box or (start / width, 48 / height, side / width, side / height)
     axes = figure.add_axes((left, bottom, w, h))
     shades = axes.imshow(matrix[np.ix_(order, order)], cmap=_diverging(), vmin=-1, vmax=1, interpolation="none",
                          aspect="auto")
@@ -189,15 +190,14 @@ def draw_heat_map(figure: Figure, theme: Theme, contents: Contents, box: tuple[f
     scale = figure.add_axes((left, bottom - 18 / height, w, 9 / height))
     bar_axis = figure.colorbar(shades, cax=scale, orientation="horizontal", ticks=[-1, -0.5, 0, 0.5, 1])
     bar_axis.outline.set_edgecolor(theme.line)
-    bar_axis.solids.set_rasterized(True)
     _dress(scale, theme)
     scale.set_xticklabels(["−1 opposed", "−0.5", "0", "0.5", "alike 1"])
-    for label, where in zip(scale.get_xticklabels(), ("left", "center", "center", "center", "right"), strict=True):
-        label.set_horizontalalignment(where)
+    scale.get_xticklabels()[0].set_horizontalalignment("left")
+    scale.get_xticklabels()[-1].set_horizontalalignment("right")
 
 
 def _group_bars(figure: Figure, theme: Theme, contents: Contents, order: np.ndarray,
-                frame: tuple[float, float, float, float], bar: float, named: bool) -> None:
+                frame: Box, bar: float, named: bool) -> None:
     """Strips in group colours beside the rows and above the columns; each row's patch tells its unit."""
     assert contents.conflict is not None
     left, bottom, w, h = frame
@@ -226,8 +226,9 @@ def _group_bars(figure: Figure, theme: Theme, contents: Contents, order: np.ndar
 def _row_names(axes: Axes, theme: Theme, units: Sequence[str]) -> None:
     size = 9.0 if len(units) <= 36 else 8.0
     for at, unit in enumerate(units):
-        text = axes.annotate(f"{shorten(unit, 26)}\u2002{at + 1}", (0, at), xycoords=("axes fraction", "data"), xytext=(-16, 0),
-                             textcoords="offset points", ha="right", va="center", fontsize=size, color=theme.ink)
+        text = axes.annotate(f"{shorten(unit, 26)}\u2002{at + 1}", (0, at), xycoords=("axes fraction", "data"),
+                             xytext=(-16, 0), textcoords="offset points", ha="right", va="center", fontsize=size,
+                             color=theme.ink)
         _tip(text, unit)
 
 
@@ -314,8 +315,8 @@ def draw_composition(axes: Axes, theme: Theme, contents: Contents) -> None:
                                linewidth=1.0)
             _tip(bar, f"group {group.group}: {getattr(group, name):,} {name}, {part:.1%}")
             if part >= 0.09:
-                axes.text(start + part / 2, y, f"{group.group}: {part:.0%}", ha="center", va="center", color=theme.paper,
-                          fontsize=9.5, fontweight="bold")
+                axes.text(start + part / 2, y, f"{group.group}: {part:.0%}", ha="center", va="center",
+                          color=theme.paper, fontsize=9.5, fontweight="bold")
             start += part
     axes.set_yticks(range(3), ["tokens", "samples", "units"])
     axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
@@ -333,8 +334,9 @@ def draw_losses(axes: Axes, theme: Theme, branches: Mapping[int, BranchManifest]
             continue
         steps, values = np.array(branch.losses, dtype=np.float64).T
         if len(steps) > CURVE_POINTS:
-            steps, values = (np.array([part.mean() for part in np.array_split(a, CURVE_POINTS)]) for a in (steps, values))
-        (line,) = axes.plot(steps, values, DASHES[k % len(DASHES)], color=theme.group(k), linewidth=1.6, label=f"branch {k}")
+            steps, values = (np.array([p.mean() for p in np.array_split(a, CURVE_POINTS)]) for a in (steps, values))
+        (line,) = axes.plot(steps, values, DASHES[k % len(DASHES)], color=theme.group(k), linewidth=1.6,
+                            label=f"branch {k}")
         _tip(line, f"branch {k}")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss, nats per token")

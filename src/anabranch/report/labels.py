@@ -54,7 +54,7 @@ def _candidates(width: float, height: float, scale: float) -> np.ndarray:
     centres = []
     for ring in _RINGS:
         # the box's own half-size in each direction, so that a ring means the gap between point and text
-        reach = np.column_stack([np.clip(unit[:, 0] * 1.6, -1, 1) * width / 2, np.clip(unit[:, 1] * 1.6, -1, 1) * height / 2])
+        reach = np.clip(unit * 1.6, -1, 1) * [width / 2, height / 2]
         centres.append(unit * ring * scale + reach)
     middle = np.concatenate(centres)
     half = np.array([width / 2, height / 2]) + scale

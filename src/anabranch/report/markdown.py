@@ -20,7 +20,8 @@ def markdown(contents: Contents) -> str:
     said = verdict(contents)
     lines = [f"# Anabranch report: {_plain(contents.name)}", "", f"**{_sentence(said.headline)}**", ""]
     lines += [_bullet(_sentence(s)) for s in said.sentences]
-    lines += ["", *(_bullet(f"{what}: {value} ({words})") for what, value, words in map(_escaped, tables.key_numbers(contents)))]
+    lines += ["", *(_bullet(f"{what}: {value} "
+                            f"({words})") for what, value, words in map(_escaped, tables.key_numbers(contents)))]
     if undone := tables.not_done(contents):
         lines += ["", *(_bullet(line) for line in undone)]
     for title, parts in (("The mixture", _mixture(contents)), ("Conflict between units", _conflict(contents)),
@@ -69,7 +70,8 @@ def _table(table: Table, columns: list[int] | None = None, rows: int = ROWS, nam
         cells = (cell.ljust(w) if word else cell.rjust(w) for cell, w, word in zip(row, widths, words, strict=True))
         return "| " + " | ".join(cells) + " |"
 
-    rule = "|" + "|".join("-" * (w + 2) if word else "-" * (w + 1) + ":" for w, word in zip(widths, words, strict=True)) + "|"
+    dashes = ("-" * (w + 2) if word else "-" * (w + 1) + ":" for w, word in zip(widths, words, strict=True))
+    rule = "|" + "|".join(dashes) + "|"
     out = [f"**{_plain(table.caption)}**", "", line(grid[0]), rule, *map(line, grid[1:])]
     hidden = len(table.rows) - rows
     return [*out, *(["", f"... and {hidden:,} more: report.html has them all."] if hidden > 0 else []), ""]
@@ -78,9 +80,10 @@ def _table(table: Table, columns: list[int] | None = None, rows: int = ROWS, nam
 def _mixture(contents: Contents) -> list[str]:
     mixture = contents.mixture
     lines = _table(tables.mixture_table(contents), [0, 2, 4, 5, 7, 8])
-    lines += (_table(tables.excluded_table(contents), [0, 1, 2, 4]) if mixture.excluded else ["No row was left out.", ""])
-    lines.append(_wrapped(f"{mixture.duplicates_in_train:,} training rows repeat another (kept); {mixture.duplicates_across:,} "
-                          "also stood among held-out rows (left out there)."))
+    lines += (_table(tables.excluded_table(contents), [0, 1, 2, 4]) if mixture.excluded else ["No row was left "
+                                                                                              "out.", ""])
+    lines.append(_wrapped(f"{mixture.duplicates_in_train:,} training rows repeat another (kept); "
+                          f"{mixture.duplicates_across:,} also stood among held-out rows (left out there)."))
     return lines
 
 
@@ -95,7 +98,8 @@ def _conflict(contents: Contents) -> list[str]:
     lines += _table(tables.conflicting_table(contents), rows=6)
     lines += _table(tables.spectral_table(contents))
     worst = ", ".join(_plain(shorten(u, 30)) for u in conflict.unreliable[:6])
-    lines.append(_wrapped(f"Gradients whose two halves do not agree: {len(conflict.unreliable)} of {len(conflict.units)} units"
+    lines.append(_wrapped(f"Gradients whose two halves do not agree: {len(conflict.unreliable)} of "
+                          f"{len(conflict.units)} units"
                           + (f" ({worst}{', ...' if len(conflict.unreliable) > 6 else ''})." if worst else ".")))
     return lines
 
@@ -103,7 +107,7 @@ def _conflict(contents: Contents) -> list[str]:
 def _groups(contents: Contents) -> list[str]:
     if contents.plan is None:
         return []
-    return _table(tables.groups_table(contents), [0, 2, 3, 4, 5, 1], name_width=48)[:-1]
+    return _table(tables.groups_table(contents), [0, 2, 3, 4, 5, 1], name_width=34)[:-1]
 
 
 def _training(contents: Contents) -> list[str]:
@@ -139,5 +143,5 @@ def _arms(comparison: Comparison) -> list[str]:
 def comparison_markdown(comparison: Comparison) -> str:
     """The comparison's verdict and tables alone, as Markdown for a terminal."""
     said = of_comparison(comparison)
-    lines = [f"**{_sentence(said.headline)}**", "", *(_bullet(_sentence(s)) for s in said.sentences), "", *_arms(comparison)]
-    return "\n".join(lines) + "\n"
+    sentences = [_bullet(_sentence(s)) for s in said.sentences]
+    return "\n".join([f"**{_sentence(said.headline)}**", "", *sentences, "", *_arms(comparison)]) + "\n"

@@ -25,7 +25,10 @@ def tag(name: str, /, *children: str, **attributes: str) -> Markup:
 
 
 def text(child: str) -> Markup:
-    return child if isinstance(child, Markup) else Markup(html.escape(clean(child), quote=False))
+    """Escaped, unless it is Markup already; a per cent sign stays with its number."""
+    if isinstance(child, Markup):
+        return child
+    return Markup(html.escape(clean(child), quote=False).replace(" %", "&nbsp;%"))
 
 
 def code(sentence: str) -> Markup:
@@ -37,20 +40,26 @@ def code(sentence: str) -> Markup:
 
 
 def html_table(table: Table, tall: bool = False, marks: dict[str, str] | None = None) -> Markup:
-    """A table in a box of its own that scrolls sideways (and, if `tall`, down). `marks`: first cell -> class of a swatch."""
+    """A table in a box of its own that scrolls sideways (`tall`: down, too). `marks`: first cell -> swatch's class."""
 
     def cells(row: list[str]) -> list[Markup]:
         out = []
         for i, value in enumerate(row):
-            swatch = [tag("i", cls=f"swatch {marks[value]}")] if i == 0 and marks and value in marks else []
-            kind = "w" if i < table.words else "n"
-            out.append(tag("th" if i == 0 else "td", *swatch, value, cls=kind, **({"scope": "row"} if i == 0 else {})))
+            inner = text(value)
+            if i == 0 and marks and value in marks:
+                inner = Markup(tag("i", cls=f"swatch {marks[value]}") + text(value))
+            if i < table.words:  # a short name stays on one line
+                inner = tag("span", inner, cls="keep" if len(value) <= 18 else "may-break")
+            where = {"scope": "row"} if i == 0 else {}
+            out.append(tag("th" if i == 0 else "td", inner, cls="w" if i < table.words else "n", **where))
         return out
 
-    head = tag("tr", *(tag("th", h, cls="w" if i < table.words else "n", scope="col") for i, h in enumerate(table.headers)))
+    kinds = ["w" if i < table.words else "n" for i in range(len(table.headers))]
+    head = tag("tr", *(tag("th", h, cls=kind, scope="col") for h, kind in zip(table.headers, kinds, strict=True)))
     body = tag("tbody", *(tag("tr", *cells(row)) for row in table.rows))
     foot = [tag("tfoot", tag("tr", *cells(table.total)))] if table.total else []
-    grid = tag("table", tag("caption", table.caption), tag("thead", head), body, *foot)
-    return tag("div", grid, cls="scroll tall" if tall else "scroll", tabindex="0", role="region", aria_label=table.caption)
+    grid = tag("table", tag("caption", tag("span", table.caption)), tag("thead", head), body, *foot)
+    box = "scroll tall" if tall else "scroll"
+    return tag("div", grid, cls=box, tabindex="0", role="region", aria_label=table.caption)
 
 

@@ -50,8 +50,9 @@ def html_page(contents: Contents) -> str:
 def _style() -> Markup:
     groups = "".join(f".g{i}{{background:var(--g{i})}}" for i in range(len(figures.LIGHT.groups)))
     sheet = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    return Markup(f"<style>:root{{color-scheme:light dark;{figures.css_variables(figures.LIGHT)}}}\n"
-                  f"@media (prefers-color-scheme:dark){{:root{{{figures.css_variables(figures.DARK)}}}}}\n{sheet}{groups}</style>")
+    light, dark = figures.css_variables(figures.LIGHT), figures.css_variables(figures.DARK)
+    return Markup(f"<style>:root{{color-scheme:light dark;{light}}}\n"
+                  f"@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{sheet}{groups}</style>")
 
 
 def _verdict(contents: Contents) -> Markup:
@@ -93,9 +94,9 @@ def _pair(plot: Markup, title: str, *notes: Markup) -> Markup:
 
 def _mixture(contents: Contents) -> list[Markup]:
     mixture = contents.mixture
-    parts = [_lead("A unit is one dataset, or one task inside a dataset. A sample is one training row in one pass; tokens "
-                   "count prompts and responses, but the loss is taken on response tokens only. Held-out rows are kept "
-                   "from every stage but evaluation."),
+    parts = [_lead("A unit is one dataset, or one task inside a dataset. A sample is one training row in one pass; "
+                   "tokens count prompts and responses, but the loss is taken on response tokens only. Held-out rows "
+                   "are kept from every stage but evaluation."),
              html_table(tables.mixture_table(contents), tall=len(mixture.units) > TALL)]
     if mixture.transfer or mixture.retention:
         others = tables.other_units_table(contents)
@@ -105,13 +106,15 @@ def _mixture(contents: Contents) -> list[Markup]:
         parts.append(html_table(excluded, tall=len(excluded.rows) > TALL))
     else:
         parts.append(_note("No row was left out."))
-    notes = [f"Rows longer than {mixture.max_length:,} tokens are left out, not cut. Chat template: {mixture.chat_template}.",
+    notes = [f"Rows longer than {mixture.max_length:,} tokens are left out, not cut. Chat template: "
+             f"{mixture.chat_template}.",
              f"{mixture.duplicates_in_train:,} training rows repeat another training row (kept). "
-             f"{mixture.duplicates_across:,} training rows also stood among held-out rows (those were left out of held-out)."]
+             f"{mixture.duplicates_across:,} training rows also stood among held-out rows (those were left out of "
+             "held-out)."]
     parts.append(tag("div", _note(*notes), cls="wide"))
     if mixture.examples:
         quotes = [tag("div", tag("p", tag("b", example.get("unit", "")), cls="note"),
-                      *(_quote(f"{key}: {value}") for key, value in sorted(example.items(), reverse=True) if key != "unit"))
+                      *(_quote(f"{key}: {example[key]}") for key in sorted(example, reverse=True) if key != "unit"))
                   for example in mixture.examples[:6]]
         parts.append(_more("Rows as the model sees them", *quotes))
     return parts
@@ -125,30 +128,32 @@ def _conflict(contents: Contents) -> list[Markup]:
     conflict = contents.conflict
     if conflict is None:
         return []
-    parts = [_lead("At the base model, every unit pulls the weights in some direction: its mean gradient. The cosine between "
-                   "two units' gradients is +1 if they pull alike, 0 if they have nothing to do with each other and −1 if "
-                   "one undoes the other. Training on two opposed units at once makes them fight."),
+    parts = [_lead("At the base model, every unit pulls the weights in some direction: its mean gradient. The cosine "
+                   "between two units' gradients is +1 if they pull alike, 0 if they have nothing to do with each "
+                   "other and −1 if one undoes the other. Training on two opposed units at once makes them fight."),
              _heat_map(contents),
              html_table(tables.conflicting_table(contents), tall=len(conflict.most_conflicting) > TALL)]
+    shares = ", ".join(f"{v:.0%}" for v in conflict.explained[:6])
     grouped = "coloured and shaped by group" if contents.plan else "one dot per unit"
     parts.append(_pair(
         _plot("map", f"Map of {len(conflict.units)} units on the first two conflict axes, {grouped}.",
               lambda axes, theme: figures.draw_map(axes, theme, contents), (440, 400), (0.13, 0.12, 0.85, 0.78)),
         "Map of the units",
-        _note("The cosine matrix, seen from its two widest directions (principal component analysis, centred): units that "
-              "conflict with the same others stand close together. Only the units farthest out are named; rest the "
-              "pointer on a mark for its name.",
-              "MERIT cuts this map at weighted medians: axis 1 first, then each half along axis 2, and so on. Groups that lie "
-              "in separate corners were split along the conflict; mixed colours were not.")))
+        _note("The cosine matrix, seen from its two widest directions (principal component analysis, centred): units "
+              "that conflict with the same others stand close together. Only the units farthest out are named; rest "
+              "the pointer on a mark for its name.",
+              "MERIT cuts this map at weighted medians: axis 1 first, then each half along axis 2, and so on. Groups "
+              "that lie in separate corners were split along the conflict; mixed colours were not.")))
     parts.append(_pair(
-        _plot("spectrum", "Share of the variance by conflict axis: " + ", ".join(f"{v:.0%}" for v in conflict.explained[:6]) + ".",
+        _plot("spectrum", f"Share of the variance by conflict axis: {shares}.",
               lambda axes, theme: figures.draw_spectrum(axes, theme, conflict), (440, 270), (0.11, 0.16, 0.87, 0.78)),
         "Spectrum",
-        _note("How much of all differences between units lies along each axis. A tall first bar: one quarrel dominates and "
-              "a cut along it separates much. A flat row: no single cut does."),
+        _note("How much of all differences between units lies along each axis. A tall first bar: one quarrel dominates "
+              "and a cut along it separates much. A flat row: no single cut does."),
         html_table(tables.spectral_table(contents)),
-        _note("The test compares how far a split along the axes drives branches apart (equation F.11, a lower bound) with a "
-              "random split (F.10). It says how far branches drift apart, not which arm wins: that has to be measured.")))
+        _note("The test compares how far a split along the axes drives branches apart (equation F.11, a lower bound) "
+              "with a random split (F.10). It says how far branches drift apart, not which arm wins: that has to be "
+              "measured.")))
     parts.append(_reliability(contents))
     return parts
 
@@ -157,8 +162,8 @@ def _heat_map(contents: Contents) -> Markup:
     conflict = contents.conflict
     assert conflict is not None
     count = len(conflict.units)
-    alt = (f"Heat map of {count} by {count} cosines, clustered. Mean {conflict.cosine_mean:.3f}, lowest {conflict.cosine_min:.3f}, "
-           f"{conflict.negative_share:.0%} of pairs below zero.")
+    alt = (f"Heat map of {count} by {count} cosines, clustered. Mean {conflict.cosine_mean:.3f}, lowest "
+           f"{conflict.cosine_min:.3f}, {conflict.negative_share:.0%} of pairs below zero.")
     picture = Markup(figures.svg("heat", alt, lambda figure, theme: figures.draw_heat_map(figure, theme, contents),
                                  figures.heat_size(count)))
     many = count > figures.LABELLED_UNITS
@@ -168,14 +173,21 @@ def _heat_map(contents: Contents) -> Markup:
     which = "noise-corrected cosines" if conflict.matrix == "corrected" else "cosines"
     bars = " The bars beside rows and columns show each unit's group." if contents.plan else ""
     return tag("div", tag("div", picture, cls="plot square" if many else "plot scrolls"),
-               tag("div", _note(f"Heat map of {which}: one row and one column per unit, like beside like (average-linkage "
-                                f"clustering on 1 − cosine). Blue: alike; orange: opposed; the colour scale is fixed from −1 "
-                                f"to 1.{bars} Rest the pointer on the left bar for a unit's name."),
+               tag("div", _note(f"Heat map of {which}: one row and one column per unit, like beside like "
+                                "(average-linkage clustering on 1 − cosine). Blue: alike; orange: opposed; the colour "
+                                f"scale is fixed from −1 to 1.{bars} Rest the pointer on the left bar for a unit's "
+                                "name."),
                    _more("Units in the order of the rows", listing)), cls="wide")
 
 
 def _swatch(group: int | None) -> list[Markup]:
-    return [] if group is None else [tag("i", cls=f"swatch g{group % len(figures.LIGHT.groups)}", title=f"group {group}")]
+    if group is None:
+        return []
+    return [tag("i", cls=f"swatch {_group_class(group)}", title=f"group {group}")]
+
+
+def _group_class(group: int) -> str:
+    return f"g{group % len(figures.LIGHT.groups)}"
 
 
 def _reliability(contents: Contents) -> Markup:
@@ -186,15 +198,18 @@ def _reliability(contents: Contents) -> Markup:
     said = (f"{len(conflict.unreliable)} of {len(conflict.units)} units cannot be trusted here: {unreliable}."
             if unreliable else "No unit falls to zero here.")
     return _pair(
-        _plot("reliability", f"Split-half reliability of {len(conflict.units)} units, sorted; {len(conflict.unreliable)} at or below zero.",
-              lambda axes, theme: figures.draw_reliability(axes, theme, conflict), (440, 270), (0.12, 0.16, 0.86, 0.78)),
+        _plot("reliability", f"Split-half reliability of {len(conflict.units)} units, sorted; "
+                             f"{len(conflict.unreliable)} at or below zero.",
+              lambda axes, theme: figures.draw_reliability(axes, theme, conflict), (440, 270),
+              (0.12, 0.16, 0.86, 0.78)),
         "Reliability of the gradients",
-        _note("Every unit's gradient is measured on two separate halves of its calibration rows. Reliability is how well the "
-              "halves agree (1: fully; 0 and below: not at all), stepped up to what both together are worth. Low: more "
-              "calibration rows would help."),
+        _note("Every unit's gradient is measured on two separate halves of its calibration rows. Reliability is how "
+              "well the halves agree (1: fully; 0 and below: not at all), stepped up to what both together are worth. "
+              "Low: more calibration rows would help."),
         tag("p", said, cls="note"),
         _note(f"Lengths of the gradients: standard deviation / mean {conflict.norm_cv:.2f}, longest / shortest "
-              f"{conflict.norm_max_over_min:.1f}. When these are small, axes from cosines and from raw gradients agree."))
+              f"{conflict.norm_max_over_min:.1f}. When these are small, axes from cosines and from raw gradients "
+              "agree."))
 
 
 def _groups(contents: Contents) -> list[Markup]:
@@ -203,15 +218,17 @@ def _groups(contents: Contents) -> list[Markup]:
         return []
     shared = plan.units and all(u.group is None for u in plan.units)
     meaning = ("A soup: every branch sees every unit, in its own order." if shared else
-               "Every unit goes to exactly one group, with all its samples; groups are balanced in samples, not in units.")
+               "Every unit goes to exactly one group, with all its samples; groups are balanced in samples, not in "
+               "units.")
     table = tables.groups_table(contents)
-    marks = {f"group {g.group}": f"g{g.group % len(figures.LIGHT.groups)}" for g in plan.groups}
-    height = 150
-    return [_lead(f"Method: {plan.method}. {meaning} One branch is trained per group; a branch's weight in the merge is its "
-                  "share of the tokens."),
-            tag("div", _plot("groups", "Each group's share of units, samples and tokens; the figures are in the table.",
-                             lambda axes, theme: figures.draw_composition(axes, theme, contents), (640, height),
-                             (0.105, 0.02, 0.885, 0.96)), cls="wide"),
+    marks = {f"group {g.group}": _group_class(g.group) for g in plan.groups}
+    return [_lead(f"Method: {plan.method}. {meaning} One branch is trained per group; a branch's weight in the merge "
+                  "is its share of the tokens."),
+            _pair(_plot("groups", "Each group's share of units, samples and tokens; the figures are in the table.",
+                        lambda axes, theme: figures.draw_composition(axes, theme, contents), (440, 150),
+                        (0.13, 0.02, 0.86, 0.96)), "Shares",
+                  _note("Equal bars of samples mean equal work for every branch. Tokens may differ: a branch with more "
+                        "tokens has the larger say in the merge.")),
             html_table(table, tall=len(table.rows) > TALL, marks=marks),
             _note("Most typical: the units whose gradients are on average most like the rest of their group's.")]
 
@@ -219,15 +236,15 @@ def _groups(contents: Contents) -> list[Markup]:
 def _training(contents: Contents) -> list[Markup]:
     if not contents.branches:
         return []
-    marks = {f"branch {k}": f"g{k % len(figures.LIGHT.groups)}" for k in contents.branches}
-    notes = [_note("The loss that each branch saw on its own training rows, in nats per response token. Branches train on "
-                   "different units, so their heights are not comparable, and a low training loss says nothing about "
-                   "held-out rows.")]
+    marks = {f"branch {k}": _group_class(k) for k in contents.branches}
+    notes = [_note("The loss that each branch saw on its own training rows, in nats per response token. Branches train "
+                   "on different units, so their heights are not comparable, and a low training loss says nothing "
+                   "about held-out rows.")]
     if (merge := contents.merge) is not None:
         weights = ", ".join(f"{w:.3f}" for w in merge.weights)
         notes.append(_note(f"Merge: {merge.method}, weights {weights}, stored as {merge.dtype}. The merged model lies "
-                           f"{merge.displacement:.2f} from the base (L2 distance over all parameters): where branches pull "
-                           "apart, averaging cancels, so it moves less than they do."))
+                           f"{merge.displacement:.2f} from the base (L2 distance over all parameters): where branches "
+                           "pull apart, averaging cancels, so it moves less than they do."))
     parts = []
     if any(b.losses for b in contents.branches.values()):
         parts.append(_pair(_plot("losses", f"Training loss of {len(contents.branches)} branches by optimizer step.",
@@ -245,20 +262,22 @@ def _evaluation(contents: Contents) -> list[Markup]:
     if not places:
         return []
     meaning = [tag("li", tag("b", PLACE_WORDS[p]), f": {PLACE_MEANING[p]}") for p in places]
-    parts = [_lead("Every model is scored at up to three places, because a model can learn the mixture and forget the rest. "
-                   "Lower loss is better."), tag("ul", *meaning, cls="meaning"), *_differences(contents)]
+    parts = [_lead("Every model is scored at up to three places, because a model can learn the mixture and forget the "
+                   "rest. Lower loss is better."), tag("ul", *meaning, cls="meaning"), *_differences(contents)]
     parts += [html_table(tables.evaluation_table(contents, place)) for place in places]
     parts.append(tag("div", _note(
-        "Loss: nats per response token, mean over units, each with the same say; token-weighted: large units have the larger "
-        "say. Exact match and F1 (word overlap), from 0 to 1, are over units with short answers.",
-        f"Against base: difference of the two losses, negative is better. The interval comes from drawing the units again "
-        f"2,000 times; it needs at least five units. A unit counts as won or lost beyond {TIE} nats, else as tied."), cls="wide"))
+        "Loss: nats per response token, mean over units, each with the same say; token-weighted: large units have the "
+        "larger say. Exact match and F1 (word overlap), from 0 to 1, are over units with short answers.",
+        "Against base: difference of the two losses, negative is better. The interval comes from drawing the units "
+        f"again 2,000 times; it needs at least five units. A unit counts as won or lost beyond {TIE} nats, else as "
+        "tied."), cls="wide"))
     points = figures.trade_points(contents)
     if len(points) > 1 and contents.comparison is None:
         parts.append(_trade(points, "models of this run", ""))
     worst, every = tables.worst_table(contents), tables.unit_table(contents)
     if worst is not None:
-        parts.append(html_table(worst) if worst.rows else tag("div", _note("No unit got worse than the base."), cls="wide"))
+        none = tag("div", _note("No unit got worse than the base."), cls="wide")
+        parts.append(html_table(worst) if worst.rows else none)
     if every is not None:
         parts.append(_more("Every unit, base and merged", html_table(every, tall=len(every.rows) > TALL)))
     return parts
@@ -271,12 +290,13 @@ def _differences(contents: Contents) -> list[Markup]:
     found = [d for place in PLACES if (d := difference(merged, base, place))]
     if not found:
         return []
+    height = 90 + 75 * len(found)
     alt = "Loss of the merged model minus the base's, by unit and place; the means are in the tables."
     return [_pair(_plot("differences", alt, lambda axes, theme: figures.draw_differences(axes, theme, found),
-                        (440, 90 + 75 * len(found)), (0.22, 50 / (90 + 75 * len(found)), 0.76, 1 - 62 / (90 + 75 * len(found)))),
+                        (440, height), (0.22, 50 / height, 0.76, 1 - 62 / height)),
                   "Merged model against base, unit by unit",
-                  _note("One mark per unit: left of the line (round) its loss fell, right of it (triangle) it rose. The diamond "
-                        "is the mean over units, the bar its 95 % interval."))]
+                  _note("One mark per unit: left of the line (round) its loss fell, right of it (triangle) it rose. "
+                        "The diamond is the mean over units, the bar its 95 % interval."))]
 
 
 def _trade(points: Sequence[figures.TradePoint], what: str, more: str) -> Markup:
@@ -284,8 +304,8 @@ def _trade(points: Sequence[figures.TradePoint], what: str, more: str) -> Markup
            + "; ".join(f"{p.name} {p.held_out:.3f}, {p.retention:.3f}" for p in points) + ".")
     return _pair(_plot("trade", alt, lambda axes, theme: figures.draw_trade(axes, theme, points), (440, 400),
                        (0.15, 0.12, 0.83, 0.85)), "Learning against keeping",
-                 _note("Left: the mixture was learned better. Down: more of what the base could do was kept. Lower left is "
-                       "better in both; of two points on a falling line neither beats the other." + more))
+                 _note("Left: the mixture was learned better. Down: more of what the base could do was kept. Lower "
+                       "left is better in both; of two points on a falling line neither beats the other." + more))
 
 
 def _comparison(contents: Contents) -> list[Markup]:
@@ -293,19 +313,19 @@ def _comparison(contents: Contents) -> list[Markup]:
     if comparison is None or not comparison.summary:
         return []
     points = figures.trade_points(contents)
-    parts = [_lead("Every arm has the same token budget and starts from the same base. joint trains one model on everything; "
-                   "joint_matched is joint pulled back to the merged model's distance from the base; joint_batch:n has n times "
-                   "the batch and 1/n of the steps. A gain over joint that these two also have comes from the shorter step, "
-                   "not to the split."),
+    parts = [_lead("Every arm has the same token budget and starts from the same base. joint trains one model on "
+                   "everything; joint_matched is joint pulled back to the merged model's distance from the base; "
+                   "joint_batch:n has n times the batch and 1/n of the steps. A gain over joint that these two also "
+                   "have comes from the shorter step, not from the split."),
              html_table(tables.arms_table(comparison))]
     if len(points) > 1:
-        parts.append(_trade(points, "arms", " Thin crosses: 95 % intervals over units of the difference to joint. Faint marks: "
-                                            "single seeds."))
+        parts.append(_trade(points, "arms", " Thin crosses: 95 % intervals over units of the difference to joint. "
+                                            "Faint marks: single seeds."))
     parts += [_arm_details(comparison, place) for place in PLACES if any(s.place == place for s in comparison.summary)]
     parts.append(tag("div", _note(
-        "Interval: from a paired bootstrap over units of the difference to joint, laid around joint's loss. Won, tied and lost "
-        "count units against joint. p over seeds: one-sided signed-rank test that the arm beats joint; with few seeds it cannot "
-        "become small (three seeds: 0.125 at best)."), cls="wide"))
+        "Interval: from a paired bootstrap over units of the difference to joint, laid around joint's loss. Won, tied "
+        "and lost count units against joint. p over seeds: one-sided signed-rank test that the arm beats joint; with "
+        "few seeds it cannot become small (three seeds: 0.125 at best)."), cls="wide"))
     return parts
 
 
@@ -316,12 +336,12 @@ def _arm_details(comparison: Comparison, place: str) -> Markup:
 def _footer(contents: Contents) -> Markup:
     hashes = [f"mixture {contents.mixture.hash[:12]}"]
     hashes += [f"{name} {artifact.hash[:12]}" for name, artifact in (
-        ("conflict", contents.conflict), ("plan", contents.plan), ("merge", contents.merge), ("comparison", contents.comparison))
-        if artifact is not None]
+        ("conflict", contents.conflict), ("plan", contents.plan), ("merge", contents.merge),
+        ("comparison", contents.comparison)) if artifact is not None]
     software = sorted({f"{name} {version}" for b in contents.branches.values() for name, version in b.software.items()})
     lines = [tag("p", "Made by Anabranch from the artifacts of this folder: ", ", ".join(hashes), ".")]
     if software:
         lines.append(tag("p", "Trained with ", ", ".join(software), "."))
-    lines.append(tag("p", "Method: Choi and Kim, Decentralized Instruction Tuning: Conflict-Aware Splitting and Weight Merging, "
-                          "arXiv:2606.01717."))
+    lines.append(tag("p", "Method: Choi and Kim, Decentralized Instruction Tuning: Conflict-Aware Splitting and Weight "
+                          "Merging, arXiv:2606.01717."))
     return tag("footer", *lines)

@@ -72,8 +72,9 @@ def _rows_left_out(excluded: Sequence[Exclusion]) -> dict[str, int]:
 
 def excluded_table(contents: Contents) -> Table:
     """Everything left out, by unit and rule."""
-    rows = [[e.unit, RULES[e.rule], e.split.replace("_", "-"), e.example, f"{e.rows:,}"] for e in contents.mixture.excluded]
-    total = ["all", "", "", "", f"{sum(e.rows for e in contents.mixture.excluded):,}"]
+    excluded = contents.mixture.excluded
+    rows = [[e.unit, RULES[e.rule], e.split.replace("_", "-"), e.example, f"{e.rows:,}"] for e in excluded]
+    total = ["all", "", "", "", f"{sum(e.rows for e in excluded):,}"]
     return Table("Left out by rule", ["unit", "rule", "rows of", "first such row", "rows"], rows, 4, total)
 
 
@@ -88,7 +89,8 @@ def spectral_table(contents: Contents) -> Table:
     rows = [[f"{t.axes} → {2 ** t.axes} groups", f"{t.random_gain:.3g}", f"{t.pca_bound:.3g}", f"{t.ratio:.2f}",
              "yes" if t.above_random else "not assured"] for t in contents.conflict.spectral_tests]
     return Table("Spectral test: how far branches drift apart, not which arm wins",
-                 ["axes", "random split, expected", "split along the axes, at least", "ratio", "farther than random?"], rows)
+                 ["axes", "random split, expected", "split along the axes, at least", "ratio",
+                  "farther than random?"], rows)
 
 
 def typical_units(contents: Contents, group: int, count: int = 3) -> list[str]:
@@ -108,15 +110,16 @@ def groups_table(contents: Contents) -> Table:
     assert contents.plan is not None
     rows = [[f"group {g.group}", ", ".join(typical_units(contents, g.group)) or NONE, f"{g.units:,}", f"{g.samples:,}",
              f"{g.tokens:,}", number(g.weight)] for g in contents.plan.groups]
-    return Table("Groups", ["group", "most typical units", "units", "samples", "tokens", "weight in the merge"], rows, 2)
+    headers = ["group", "most typical units", "units", "samples", "tokens", "weight in the merge"]
+    return Table("Groups", headers, rows, 2)
 
 
 def branches_table(contents: Contents) -> Table:
     rows = []
     for k, b in contents.branches.items():
         moved = contents.merge.branch_displacements if contents.merge else []
-        rows.append([f"branch {k}", f"{len(b.group_units):,}", f"{b.steps:,}", f"{b.tokens_planned:,}", f"{b.tokens_seen:,}",
-                     number(b.final_loss), number(moved[k] if k < len(moved) else None, 2)])
+        rows.append([f"branch {k}", f"{len(b.group_units):,}", f"{b.steps:,}", f"{b.tokens_planned:,}",
+                     f"{b.tokens_seen:,}", number(b.final_loss), number(moved[k] if k < len(moved) else None, 2)])
     return Table("Branches", ["branch", "units", "steps", "tokens planned", "tokens seen", "last training loss",
                               "distance from base"], rows)
 
@@ -135,8 +138,8 @@ def evaluation_table(contents: Contents, place: str) -> Table:
                      number(answers(scores, "exact_match")), number(answers(scores, "f1"))])
     units = max((len(getattr(e, place)) for e in contents.evaluations.values()), default=0)
     return Table(f"{PLACE_WORDS[place].capitalize()} ({units} unit{'' if units == 1 else 's'})",
-                 ["model", "loss", "token-weighted", "against base", "95 % interval", "won / tied / lost", "exact match", "F1"],
-                 rows)
+                 ["model", "loss", "token-weighted", "against base", "95 % interval", "won / tied / lost",
+                  "exact match", "F1"], rows)
 
 
 
@@ -156,7 +159,8 @@ def worst_table(contents: Contents, count: int = 6) -> Table | None:
         for unit, value in d.worst(count):
             before, after = getattr(base, place)[unit].loss, getattr(merged, place)[unit].loss
             rows.append([unit, PLACE_WORDS[place], number(before), number(after), signed(value)])
-    return Table("Units that got worse than the base, worst first at each place", ["unit", "place", "base", "merged", "difference"], rows, 2)
+    headers = ["unit", "place", "base", "merged", "difference"]
+    return Table("Units that got worse than the base, worst first at each place", headers, rows, 2)
 
 
 def unit_table(contents: Contents) -> Table | None:
@@ -170,14 +174,15 @@ def unit_table(contents: Contents) -> Table | None:
         d = difference(merged, base, place)
         for unit, value in (d.by_unit.items() if d else ()):
             group = groups.get(unit) if place == "held_out" else None
-            rows.append([unit, PLACE_WORDS[place], NONE if group is None else str(group), number(getattr(base, place)[unit].loss),
-                         number(getattr(merged, place)[unit].loss), signed(value)])
+            before, after = getattr(base, place)[unit].loss, getattr(merged, place)[unit].loss
+            rows.append([unit, PLACE_WORDS[place], NONE if group is None else str(group), number(before), number(after),
+                         signed(value)])
     return Table("Every unit", ["unit", "place", "group", "base", "merged", "difference"], rows, 3)
 
 
 def arms_table(comparison: Comparison) -> Table:
     """One row per arm: its loss at the three places and what it cost."""
-    cell = {(s.arm, s.place): s for s in comparison.summary}
+    cell: dict[tuple[str, str], ArmSummary] = {(s.arm, s.place): s for s in comparison.summary}
     rows = []
     for arm in dict.fromkeys([*(s.arm for s in comparison.summary), *(r.arm for r in comparison.runs)]):
         runs = [r for r in comparison.runs if r.arm == arm]
@@ -205,9 +210,9 @@ def place_table(comparison: Comparison, place: str) -> Table:
                 NONE if s.wilcoxon_p is None else f"{s.wilcoxon_p:.3f}",
                 ", ".join(number(v) for v in s.loss_by_seed), number(s.exact_match), number(s.f1)]
 
-    return Table(PLACE_WORDS[place].capitalize(), ["arm", "loss", "95 % interval", "token-weighted", "against joint",
-                                                  "won / tied / lost", "p over seeds", "loss by seed", "exact match", "F1"],
-                 [row(s) for s in comparison.summary if s.place == place])
+    headers = ["arm", "loss", "95 % interval", "token-weighted", "against joint", "won / tied / lost", "p over seeds",
+               "loss by seed", "exact match", "F1"]
+    return Table(PLACE_WORDS[place].capitalize(), headers, [row(s) for s in comparison.summary if s.place == place])
 
 
 def not_done(contents: Contents) -> list[str]:
@@ -220,7 +225,8 @@ def not_done(contents: Contents) -> list[str]:
     if contents.plan is None:
         lines.append("Split: no plan yet.")
     elif missing := [str(g.group) for g in contents.plan.groups if g.group not in contents.branches]:
-        lines.append(f"Branches: {len(contents.branches)} of {len(contents.plan.groups)} trained; missing: {', '.join(missing)}.")
+        lines.append(f"Branches: {len(contents.branches)} of {len(contents.plan.groups)} trained; "
+                     f"missing: {', '.join(missing)}.")
     if contents.merge is None:
         lines.append("Merge: not done yet.")
     missing = [name for name in ("base", "merged") if name not in contents.evaluations]
@@ -236,21 +242,25 @@ def key_numbers(contents: Contents) -> list[tuple[str, str, str]]:
             f"{sum(u.held_out_rows for u in mixture.units):,} held-out rows")]
     if conflict is not None:
         out.append(("conflict", f"{conflict.negative_share:.0%} of pairs",
-                    f"pull against each other (cosine below 0); mean {number(conflict.cosine_mean)}, lowest {number(conflict.cosine_min)}"))
+                    "pull against each other (cosine below 0); "
+                    f"mean {number(conflict.cosine_mean)}, lowest {number(conflict.cosine_min)}"))
     if contents.plan is not None:
         weights = [g.weight for g in contents.plan.groups]
         out.append(("split", f"{len(weights)} group{'' if len(weights) == 1 else 's'}",
-                    f"method {contents.plan.method}, weights {min(weights, default=0):.3f} to {max(weights, default=0):.3f}"))
+                    f"method {contents.plan.method}, "
+                    f"weights {min(weights, default=0):.3f} to {max(weights, default=0):.3f}"))
     if contents.merge is not None:
         moved = contents.merge.branch_displacements
         branches = f"branches {min(moved):.2f} to {max(moved):.2f}; " if moved else ""
-        out.append(("step of the merge", number(contents.merge.displacement, 2), f"distance from the base; {branches}{contents.merge.method}"))
+        out.append(("step of the merge", number(contents.merge.displacement, 2),
+                    f"distance from the base; {branches}{contents.merge.method}"))
     base, merged = contents.evaluations.get("base"), contents.evaluations.get("merged")
     if base and merged:
         for place in places_evaluated(contents):
             if d := difference(merged, base, place):
                 before, after = macro(getattr(base, place)), macro(getattr(merged, place))
-                out.append((PLACE_WORDS[place], signed(d.mean), f"loss {number(before)} → {number(after)}, base → merged"))
+                out.append((PLACE_WORDS[place], signed(d.mean),
+                            f"loss {number(before)} → {number(after)}, base → merged"))
     if contents.comparison is not None:
         arms = {s.arm for s in contents.comparison.summary}
         out.append(("comparison", f"{len(arms)} arms", f"{len(contents.comparison.seeds)} seeds, equal token budget"))

@@ -23,6 +23,7 @@ RESAMPLES = 2000
 Tone = Literal["good", "bad", "mixed", "unknown"]
 Word = Literal["better", "worse", "no clear difference"]
 COMPARE = "anabranch compare recipe.yaml"
+WORSE_THAN_BASE = "Not worth it: the merged model is worse than the base on the mixture's own held-out rows"
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def verdict(contents: Contents) -> Verdict:
     if merged is None or base is None:
         missing = [name for name, there in (("base", base), ("merged model", merged)) if there is None]
         return Verdict("No verdict yet", "unknown", [
-            f"Not evaluated yet: the {' and the '.join(missing)}. `anabranch run recipe.yaml` finishes the run; what is done is kept."])
+            f"Not evaluated yet: the {' and the '.join(missing)}. `anabranch run recipe.yaml` finishes the run; what "
+            "is done is kept."])
     against_base = differences(merged, base)
     if joint is None:
         return _against_base(against_base)
@@ -139,11 +141,12 @@ def verdict(contents: Contents) -> Verdict:
 def _sentences(found: Sequence[Difference], other: str) -> list[str]:
     lines = []
     for d in found:
-        interval = f", 95 % interval {signed(d.low)} to {signed(d.high)}" if d.low is not None and d.high is not None else ""
-        unit_word = "unit" if len(d.by_unit) == 1 else "units"
-        lines.append(f"{PLACE_WORDS[d.place].capitalize()}: {d.word if d.word != 'no clear difference' else 'no clear difference'}"
-                     f"{' than' if d.word != 'no clear difference' else ' to'} {other} by {signed(d.mean)} nats per token{interval}; of {len(d.by_unit)} "
-                     f"{unit_word} {d.wins} won, {d.ties} tied, {d.losses} lost.")
+        known = d.low is not None and d.high is not None
+        interval = f", 95 % interval {signed(d.low or 0.0)} to {signed(d.high or 0.0)}" if known else ""
+        preposition = "to" if d.word == "no clear difference" else "than"
+        lines.append(f"{PLACE_WORDS[d.place].capitalize()}: {d.word} {preposition} {other} "
+                     f"({signed(d.mean)} nats per token{interval}); of {len(d.by_unit)} "
+                     f"unit{'' if len(d.by_unit) == 1 else 's'} {d.wins} won, {d.ties} tied, {d.losses} lost.")
     return lines
 
 
@@ -151,14 +154,15 @@ def _against_base(found: Sequence[Difference]) -> Verdict:
     word = {d.place: d.word for d in found}
     lost = [d.place for d in found if d.word == "worse" and d.place != "held_out"]
     sentences = [*_sentences(found, "the base"),
-                 "Nothing was measured against joint training (one model trained on everything), so these figures cannot "
-                 f"say whether splitting helped. `{COMPARE}` measures that."]
+                 "Nothing was measured against joint training (one model trained on everything), so these figures "
+                 f"cannot say whether splitting helped. `{COMPARE}` measures that."]
     if not found:
-        return Verdict("No verdict: the base and the merged model were not scored on the same units", "unknown", sentences)
+        return Verdict("No verdict: the base and the merged model were not scored on the same units", "unknown",
+                       sentences)
     if word.get("held_out") == "worse":
-        return Verdict("Not worth it: the merged model is worse than the base on the mixture's own held-out rows", "bad", sentences)
+        return Verdict(WORSE_THAN_BASE, "bad", sentences)
     if word.get("held_out") == "no clear difference":
-        return Verdict("Not worth it so far: on the mixture's held-out rows the merged model is no better than the base",
+        return Verdict("Not worth it so far: the merged model does not beat its base on the mixture's held-out rows",
                        "bad", sentences)
     if "held_out" not in word:
         return Verdict("Not known whether it paid: no held-out rows were scored", "unknown", sentences)
@@ -171,14 +175,16 @@ def _against_base(found: Sequence[Difference]) -> Verdict:
 
 def _against_joint(found: Sequence[Difference], against_base: Sequence[Difference]) -> Verdict:
     sentences = [*_sentences(found, "joint training"), *_sentences(against_base, "the base"),
-                 "A merged model stays closer to the base than joint training does, and that alone changes these figures. "
-                 f"Whether the split or the shorter step helped is not shown here: `{COMPARE}` sets it against joint training "
-                 "pulled back to the same distance (joint_matched) and with a larger batch (joint_batch)."]
+                 "A merged model stays closer to the base than joint training does, and that alone changes these "
+                 f"figures. Whether the split or the shorter step helped is not shown here: `{COMPARE}` sets it "
+                 "against joint training pulled back to the same distance (joint_matched) and with a larger batch "
+                 "(joint_batch)."]
     if not found:
-        return Verdict("No verdict: joint training and the merged model were not scored on the same units", "unknown", sentences)
+        return Verdict("No verdict: joint training and the merged model were not scored on the same units", "unknown",
+                       sentences)
     headline, tone = _weigh({d.place: d.word for d in found}, "joint training")
     if any(d.place == "held_out" and d.word == "worse" for d in against_base):
-        headline, tone = "Not worth it: the merged model is worse than the base on the mixture's own held-out rows", "bad"
+        headline, tone = WORSE_THAN_BASE, "bad"
     return Verdict(headline, tone, sentences)
 
 
@@ -196,7 +202,7 @@ def _weigh(word: Mapping[str, Word], other: str) -> tuple[str, Tone]:
 
 
 def of_comparison(comparison: Comparison) -> Verdict:
-    """Is there a merit arm that no other arm, trained or not, matches at every place? If so: is it better than joint?"""
+    """Is there a merit arm that no other arm, the base included, matches at every place? If so: does it beat joint?"""
     table: dict[str, dict[str, ArmSummary]] = {}
     for row in comparison.summary:
         table.setdefault(row.arm, {})[row.place] = row
@@ -226,7 +232,7 @@ def of_comparison(comparison: Comparison) -> Verdict:
 
 
 def _matched(as_good: Mapping[str, Sequence[str]], count: int) -> str:
-    """The headline when every merit arm has a rival that is no worse anywhere; names those that match them all, if any."""
+    """The headline when every merit arm has a rival that is no worse anywhere; names those that match them all."""
     rivals = list(dict.fromkeys(r for found in as_good.values() for r in found))
     of_all = [r for r in rivals if all(r in found for found in as_good.values())]
     names = ", ".join(f"`{clean(r)}`" for r in of_all or rivals)

@@ -1,0 +1,236 @@
+"""Messages -> tokens, and which of them the loss is taken on.
+
+Three layouts: the tokenizer's chat template, a .jinja file, or `plain`, in which every turn is its text as it stands:
+
+    [BOS] user text \\n assistant text EOS user text \\n assistant text EOS          (BOS where the tokenizer puts one)
+
+Response spans come from the template's {% generation %} markers. A template without them is rendered once more up to
+each assistant turn: what the turn adds behind the generation prompt, up to its end-of-turn token, is the response.
+A token belongs to a response where its first character does, so a token that begins in the prompt is never a target.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from anabranch.artifacts import digest
+from anabranch.errors import MixtureError
+from anabranch.sources import Messages
+
+PLAIN = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
+         "{% endgeneration %}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}")
+MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Some templates print today's date; the same rows must give the same bytes tomorrow.
+NO_CLOCK = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+
+Span = tuple[int, int]  # first and one past the last character of a response, its end-of-turn token included
+
+
+@dataclass(frozen=True)
+class Template:
+    """How conversations of this mixture are written."""
+
+    kind: Literal["tokenizer", "plain", "custom"]
+    text: str
+    marked: bool
+    stops: tuple[str, ...]
+
+    @property
+    def hash(self) -> str:
+        return digest(self.text)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as tokens: `input_ids` int32 [n], `response` uint8 [n], 1 where token i is a target."""
+
+    input_ids: np.ndarray
+    response: np.ndarray
+
+
+def choose_template(setting: str, tokenizer: Any) -> Template:
+    """The template of a recipe.
+
+    Args:
+        setting: 'auto' (the tokenizer's, or plain where it has none), 'tokenizer', 'plain', or a .jinja file.
+    Raises:
+        MixtureError: no such template, one that does not parse, or a tokenizer that cannot tell where its tokens stand.
+    """
+    import jinja2
+
+    if not getattr(tokenizer, "is_fast", False):
+        raise MixtureError(f"tokenizer {type(tokenizer).__name__}: not a fast one (tokenizer.json), so the place of "
+                           "its tokens in the text is unknown and responses cannot be told from prompts. Convert it "
+                           "first.")
+    own = tokenizer.chat_template
+    if setting == "plain" or (setting == "auto" and not own):
+        if not tokenizer.eos_token:
+            raise MixtureError("chat_template plain: the tokenizer has no end-of-sequence token, so a model could "
+                               "never learn to stop. Set `eos_token` in its tokenizer_config.json, or give a .jinja "
+                               "file.")
+        return Template("plain", bos_prefix(tokenizer) + PLAIN, True, (tokenizer.eos_token,))
+    if setting in ("auto", "tokenizer"):
+        if not own:
+            raise MixtureError("mixture.chat_template: the tokenizer has no chat template. Use `plain`, or a .jinja "
+                               "file.")
+        kind: Literal["tokenizer", "custom"] = "tokenizer"
+        text = tokenizer.get_chat_template()
+    else:
+        kind, text = "custom", _read(setting)
+    if "strftime_now" in text:
+        text = NO_CLOCK + text
+    stops = tuple(sorted(t for t in tokenizer.added_tokens_encoder if not t.isspace()))
+    try:
+        marked = bool(MARKERS.search(text)) and bool(_probe(text, tokenizer))
+    except jinja2.TemplateSyntaxError as error:
+        raise MixtureError(f"chat template ({setting}): line {error.lineno}: {error.message}.") from error
+    return Template(kind, text, marked, stops)
+
+
+def _read(setting: str) -> str:
+    if not setting.endswith(".jinja"):
+        raise MixtureError(f"mixture.chat_template: {setting!r} is none of auto, tokenizer, plain, or a .jinja file.")
+    try:
+        return Path(setting).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MixtureError(f"mixture.chat_template: {setting} cannot be read ({error}).") from error
+
+
+def _probe(text: str, tokenizer: Any) -> list[Span]:
+    """Response spans of a smallest conversation: markers that mark nothing are no markers."""
+    import jinja2
+
+    try:
+        smallest = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        rendered, spans = _jinja(text, tokenizer, smallest, tracked=True)
+    except jinja2.TemplateSyntaxError:
+        raise
+    except (jinja2.TemplateError, TypeError, KeyError):
+        return [(0, 1)]  # it wants other conversations than this one; the rows themselves will tell
+    return [(a, b) for a, b in spans if rendered[a:b].strip()]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 (hex) of what decides how text becomes tokens (padding and truncation are a caller's passing wish)."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    return digest([{k: v for k, v in content.items() if k not in ("padding", "truncation")}, special])
+
+
+def bos_prefix(tokenizer: Any) -> str:
+    """The beginning-of-sequence token as text where the tokenizer puts one before plain text, else ''."""
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else ""
+
+
+# ---- text and spans --------------------------------------------------------------------------------------------------
+
+
+def _jinja(text: str, tokenizer: Any, messages: Messages, *, tracked: bool = False,
+           prompt: bool = False) -> tuple[str, list[Span]]:
+    """transformers' own renderer (sandboxed, compiled once per template)."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered, spans = render_jinja_template([messages], chat_template=text, return_assistant_tokens_mask=tracked,
+                                            add_generation_prompt=prompt, **tokenizer.special_tokens_map)
+    return rendered[0], [tuple(s) for s in spans[0]] if tracked else []
+
+
+def render(template: Template, tokenizer: Any, messages: Messages) -> tuple[str, list[Span]] | str:
+    """A conversation as text with its response spans; or, as one string, why the template refuses it.
+
+    Raises:
+        MixtureError: a template that marks no response, leaves out the end of turn, or writes a conversation's
+            beginning otherwise once the conversation goes on.
+    """
+    import jinja2
+
+    try:
+        text, spans = (_jinja(template.text, tokenizer, messages, tracked=True) if template.marked
+                       else _by_prefix(template, tokenizer, messages))
+    except (jinja2.TemplateError, TypeError, KeyError) as error:
+        return f"the chat template refuses it: {str(error)[:120]}"
+    if not spans or not all(text[a:b].rstrip().endswith(template.stops) for a, b in spans):
+        tail = text[spans[-1][0]:][-60:] if spans else text[-60:]
+        remedy = ("put {% endgeneration %} behind the end-of-turn token" if template.marked
+                  else "write the end-of-turn token behind each assistant turn")
+        raise MixtureError(f"chat template ({template.kind}): an assistant turn's loss ends without an end-of-turn "
+                           f"token (a turn ends in {tail!r}), so a model would never learn to stop. In the template, "
+                           f"{remedy}, or use `chat_template: plain`.")
+    return text, spans
+
+
+def _by_prefix(template: Template, tokenizer: Any, messages: Messages) -> tuple[str, list[Span]]:
+    """Spans by rendering the conversation up to each assistant turn. Raises MixtureError."""
+    full, _ = _jinja(template.text, tokenizer, messages)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _jinja(template.text, tokenizer, messages[:i], prompt=True)[0]
+        through = full if i + 1 == len(messages) else _jinja(template.text, tokenizer, messages[: i + 1])[0]
+        through = through.rstrip() if through.rstrip().endswith(template.stops) else through
+        if not (full.startswith(through) and through.startswith(before) and len(through) > len(before)):
+            raise MixtureError(
+                f"chat template ({template.kind}): it has no {{% generation %}} markers, and it writes the beginning "
+                f"of a conversation otherwise once it goes on (turn {i + 1} of {len(messages)}), so responses cannot "
+                "be told from prompts. Add the markers in a .jinja copy, or use `chat_template: plain`.")
+        spans.append((len(before), len(through)))
+    return full, spans
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def encode_rows(template: Template, tokenizer: Any, rows: Sequence[Messages]) -> list[Encoded | str]:
+    """Each conversation or text as tokens, or why the template refuses it.
+
+    Text rows (one message of role 'text') take no template: every token but the first is a target.
+
+    Raises:
+        MixtureError: as `render`; a doubled beginning-of-sequence token.
+    """
+    out: list[Encoded | str] = []
+    texts, spans_of, places = [], [], []
+    start = bos_prefix(tokenizer)
+    for place, messages in enumerate(rows):
+        if messages[0]["role"] == "text":
+            rendered: tuple[str, list[Span] | None] | str = start + messages[0]["content"], None
+        else:
+            rendered = render(template, tokenizer, messages)
+        out.append(rendered if isinstance(rendered, str) else "")
+        if not isinstance(rendered, str):
+            texts.append(rendered[0])
+            spans_of.append(rendered[1])
+            places.append(place)
+    if texts:
+        encodings = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
+        for place, spans, encoding in zip(places, spans_of, encodings, strict=True):
+            out[place] = _encoded(encoding, spans, tokenizer)
+    return out
+
+
+def _encoded(encoding: Any, spans: list[Span] | None, tokenizer: Any) -> Encoded:
+    ids = np.array(encoding.ids, dtype=np.int32)
+    if tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        raise MixtureError(f"a row begins with {tokenizer.bos_token} twice ({tokenizer.decode(ids[:20].tolist())!r}): "
+                           "the template writes it, and it or the row's own text writes it again. Take one out.")
+    mask = np.zeros(len(ids), dtype=np.uint8)
+    if spans is None:
+        mask[1:] = 1
+        return Encoded(ids, mask)
+    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    for a, b in spans:
+        # the end is asked too: byte-level tokenizers may trim a space token's place to nothing, at its end
+        mask[(offsets[:, 0] >= a) & (offsets[:, 1] > a) & (offsets[:, 0] < b)] = 1
+    if not mask.any():
+        raise MixtureError(f"a response became no token of its own ({tokenizer.decode(ids.tolist())[-80:]!r}): the "
+                           "tokenizer joins it to the prompt. Use a template with an end-of-turn token.")
+    return Encoded(ids, mask)

@@ -1,0 +1,308 @@
+"""The whole pipeline on a real (tiny) checkpoint: what comes out, kill -9 in every stage, strangers refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from conftest import anabranch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# Runs the pipeline and kills itself, as kill -9 would, at the n-th word that a stage says of its progress.
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from anabranch.recipe import load_recipe
+from anabranch.run import open_run, run_stages
+heard = 0
+def progress(stage, what, done, total):
+    global heard
+    heard += stage == sys.argv[2]
+    if heard == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+run_stages(open_run(load_recipe(Path(sys.argv[1])), tell=lambda text: None, progress=progress))
+"""
+
+
+def kill_in(recipe: Path, stage: str, word: int) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLER, str(recipe), stage, str(word)], capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for part in ("mixture", "gradients", "conflict", "plan.json")
+            for p in ([folder / part] if (folder / part).is_file() else sorted((folder / part).rglob("*")))
+            if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_base):
+    """One uninterrupted run; tests copy it or only read it."""
+    from conftest import TASKS, task_rows, write_rows
+
+    folder = tmp_path_factory.mktemp("finished")
+    for task in list(TASKS)[:-1]:
+        write_rows(folder / "data" / f"{task}.jsonl", task_rows(task, 24))
+    write_rows(folder / "transfer" / "double.jsonl", task_rows("double", 8))
+    recipe = {
+        "model": {"path": str(tiny_base)},
+        "mixture": {"sources": [{"path": "data/*.jsonl"}], "held_out": 0.2, "max_length": 100},
+        "gradients": {"calibration_samples": 12, "size": 512}, "split": {"groups": 2},
+        "train": {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 2, "save_steps": 4},
+        "evaluate": {"transfer": [{"path": "transfer/*.jsonl"}], "generate_samples": 2, "max_samples": 6},
+        "output": "run", "seed": 3}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    told = anabranch("run", folder / "recipe.yaml").stdout
+    return folder, told
+
+
+def copied(finished, tmp_path: Path) -> Path:
+    shutil.copytree(finished[0], tmp_path / "copy")
+    return tmp_path / "copy" / "recipe.yaml"
+
+
+def test_every_stage_says_what_it_did(finished):
+    folder, told = finished
+    for word in ("mixture:", "gradients:", "conflict:", "split:", "train:", "merge:", "evaluate:", "report:"):
+        assert word in told
+    assert (folder / "run" / "report.html").stat().st_size > 10_000
+
+
+def test_merged_model_is_the_token_weighted_mean_and_loads(finished, tiny_base):
+    run = finished[0] / "run"
+    plan = json.loads((run / "plan.json").read_text())
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged")
+    tokens = [g["tokens"] for g in plan["groups"]]
+    branches = [AutoModelForCausalLM.from_pretrained(run / "branches" / str(k) / "model") for k in range(2)]
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    moved = 0.0
+    for name, got in merged.state_dict().items():
+        wanted = sum(n / sum(tokens) * b.state_dict()[name].double() for n, b in zip(tokens, branches, strict=True))
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-7)
+        moved += float((got - base.state_dict()[name]).square().sum())
+    assert moved > 0
+    assert merged.config.tie_word_embeddings and AutoTokenizer.from_pretrained(run / "merged").chat_template
+    assert not any("lm_head" in name for p in (run / "merged").glob("*.safetensors") for name in load_file(p))
+
+
+def test_tokens_seen_are_the_plan_s(finished):
+    run = finished[0] / "run"
+    plan = json.loads((run / "plan.json").read_text())
+    for group in plan["groups"]:
+        branch = json.loads((run / "branches" / str(group["group"]) / "branch.json").read_text())
+        assert branch["tokens_seen"] == branch["tokens_planned"] == group["tokens"]
+
+
+def test_a_second_run_does_nothing_again(finished, tmp_path):
+    recipe = copied(finished, tmp_path)
+    run = recipe.parent / "run"
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in run.rglob("*.safetensors")}
+    anabranch("run", recipe)
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in run.rglob("*.safetensors")} == before
+
+
+def test_killed_in_every_stage_loses_nothing(finished, tmp_path):
+    """kill -9 in each stage of one run, then the same command: the same bytes as a run that nobody killed."""
+    recipe_file = copied(finished, tmp_path)
+    run = recipe_file.parent / "run"
+    shutil.rmtree(run)
+    kill_in(recipe_file, "mixture", 3)
+    kept = {p: p.stat().st_mtime_ns for p in (run / "mixture" / "units").glob("*.safetensors")}
+    kill_in(recipe_file, "gradients", 3)
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept, "tokenised units were made again"
+    sketches = {p: p.stat().st_mtime_ns for p in (run / "gradients" / "units").glob("*.safetensors")}
+    assert 1 <= len(sketches) < 5
+    for stage, word in (("conflict", 2), ("merge", 3), ("evaluate", 5)):
+        kill_in(recipe_file, stage, word)
+        assert {p: p.stat().st_mtime_ns for p in sketches} == sketches, "sketches were made again"
+    assert not (run / "merged.partial").exists() and (run / "merged").exists()
+    anabranch("run", recipe_file)
+    assert digests(run) == digests(finished[0] / "run")
+    for name in ("base", "branch-0", "branch-1", "merged"):
+        assert (run / "evaluation" / f"{name}.json").exists()
+
+
+def test_killed_branch_goes_on_from_its_checkpoint(finished, tmp_path):
+    recipe = copied(finished, tmp_path)
+    run = recipe.parent / "run"
+    shutil.rmtree(run / "branches" / "0")
+    marker = "checkpoint-*/complete.json"
+    process = subprocess.Popen([sys.executable, "-m", "anabranch", "train-branch", str(run), "0"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((run / "branches" / "0" / "checkpoints").glob(marker)) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = anabranch("train-branch", run, 0)
+    assert "steps" in resumed.stdout
+    again = json.loads((run / "branches" / "0" / "branch.json").read_text())
+    never = json.loads((finished[0] / "run" / "branches" / "0" / "branch.json").read_text())
+    assert again["tokens_seen"] == never["tokens_seen"] and again["steps"] == never["steps"]
+    for path in (finished[0] / "run" / "branches" / "0" / "model").glob("*.safetensors"):
+        a, b = load_file(path), load_file(run / "branches" / "0" / "model" / path.name)
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+
+
+def test_torn_checkpoints_are_passed_over(tmp_path):
+    from anabranch.branches import newest_checkpoint
+
+    for step, torn in ((4, False), (8, True), (12, True)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"x" * 10)
+        if step != 12:
+            (folder / "complete.json").write_text(json.dumps({"optimizer.pt": 10}))
+        if torn:
+            (folder / "optimizer.pt").write_bytes(b"x" * 3)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert newest_checkpoint(tmp_path / "none") is None
+
+
+def test_launcher_killed_stops_its_branches(finished, tmp_path):
+    """A branch whose launcher has died saves and ends: nobody would ever collect it, and a rerun wants its place."""
+    recipe = copied(finished, tmp_path)
+    text = yaml.safe_load(recipe.read_text())
+    text["mixture"]["epochs"] = 40
+    recipe.write_text(yaml.safe_dump(text))
+    shutil.rmtree(recipe.parent / "run" / "branches")
+    launcher = subprocess.Popen([sys.executable, "-m", "anabranch", "run", str(recipe), "--from", "split", "--until",
+                                 "train"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    progress = recipe.parent / "run" / "branches" / "0" / "progress.json"
+    deadline = time.monotonic() + 120
+    while not progress.exists() and launcher.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = [p for p in psutil.Process(launcher.pid).children() if "train-branch" in " ".join(p.cmdline())]
+    assert children
+    launcher.kill()
+    launcher.wait()
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert gone and not alive
+
+
+def test_adding_a_unit_measures_only_that_unit(finished, tmp_path):
+    from conftest import task_rows, write_rows
+
+    recipe = copied(finished, tmp_path)
+    run = recipe.parent / "run"
+    before = {p.name: p.stat().st_mtime_ns for p in (run / "gradients" / "units").glob("*.safetensors")}
+    write_rows(recipe.parent / "data" / "double.jsonl", task_rows("double", 24, offset=50))
+    (recipe.parent / "transfer" / "double.jsonl").unlink()
+    write_rows(recipe.parent / "transfer" / "other.jsonl", task_rows("double", 8))
+    anabranch("run", recipe, "--until", "conflict")
+    after = {p.name: p.stat().st_mtime_ns for p in (run / "gradients" / "units").glob("*.safetensors")}
+    assert len(after) == len(before) + 1 and {n: after[n] for n in before} == before
+    grown = digests(run)
+    shutil.rmtree(run / "conflict")
+    anabranch("run", recipe, "--until", "conflict")
+    assert digests(run) == grown, "conflict from what was known differs from conflict anew"
+    refused = anabranch("run", recipe, check=False)
+    assert refused.returncode == 2 and "--from split" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_shards_add_up_to_the_same_sketches(finished, tmp_path):
+    recipe = copied(finished, tmp_path)
+    run = recipe.parent / "run"
+    shutil.rmtree(run / "gradients")
+    assert "missing" in anabranch("gradients", recipe, "--shard", "1/2").stdout
+    assert "missing" not in anabranch("gradients", recipe, "--shard", "0/2").stdout
+    assert digests(run) == digests(finished[0] / "run")
+
+
+def test_hand_edited_plan(finished, tmp_path):
+    recipe = copied(finished, tmp_path)
+    path = recipe.parent / "run" / "plan.json"
+    shutil.rmtree(recipe.parent / "run" / "branches")
+    plan = json.loads(path.read_text())
+    moved = next(u for u in plan["units"] if sum(v["group"] == u["group"] for v in plan["units"]) > 1)
+    moved["group"] = 1 - moved["group"]
+    path.write_text(json.dumps(plan))
+    told = anabranch("run", recipe, "--until", "split").stdout
+    assert "1 units moved by hand" in told
+    after = json.loads(path.read_text())
+    for k in range(2):
+        assert after["groups"][k]["tokens"] == sum(u["tokens"] for u in after["units"] if u["group"] == k)
+    plan["units"][0]["group"] = 7
+    plan["units"][1]["unit"] = "nobody"
+    path.write_text(json.dumps(plan))
+    refused = anabranch("run", recipe, "--until", "split", check=False)
+    assert refused.returncode == 2 and "nobody" in refused.stderr
+
+
+def test_strangers_are_refused(finished, tmp_path, tiny_base):
+    recipe = copied(finished, tmp_path)
+    run = recipe.parent / "run"
+    shutil.rmtree(run / "merged")
+    path = run / "branches" / "1" / "branch.json"
+    branch = json.loads(path.read_text())
+    branch["made_from"]["base"] = "0" * 64
+    path.write_text(json.dumps(branch))
+    refused = anabranch("run", recipe, check=False)
+    assert refused.returncode == 2 and "another base model" in refused.stderr and "Traceback" not in refused.stderr
+    assert not (run / "merged").exists()
+
+
+def test_corrupted_branch_shard_is_refused(finished, tmp_path):
+    recipe = copied(finished, tmp_path)
+    run = recipe.parent / "run"
+    shutil.rmtree(run / "merged")
+    shard = next((run / "branches" / "0" / "model").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 0xFF
+    shard.write_bytes(data)
+    refused = anabranch("run", recipe, check=False)
+    assert refused.returncode == 2 and shard.name in refused.stderr and not (run / "merged").exists()
+
+
+def test_another_machine_needs_only_the_folder_and_the_same_base(finished, tmp_path, tiny_base):
+    recipe = copied(finished, tmp_path)
+    run = recipe.parent / "run"
+    shutil.rmtree(run / "branches" / "1")
+    moved = tmp_path / "elsewhere"
+    shutil.move(run, moved)
+    shutil.copytree(tiny_base, tmp_path / "base-here")
+    anabranch("train-branch", moved, 1, "--model", tmp_path / "base-here")
+    config = json.loads((tmp_path / "base-here" / "config.json").read_text())
+    (tmp_path / "base-here" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    refused = anabranch("train-branch", moved, 1, "--model", tmp_path / "base-here", check=False)
+    assert refused.returncode == 2 and "another base" in refused.stderr
+
+
+def test_lora_branches_merge_as_whole_checkpoints(finished, tmp_path, tiny_base):
+    recipe = copied(finished, tmp_path)
+    text = yaml.safe_load(recipe.read_text())
+    text["model"]["lora"] = {"r": 4, "lora_alpha": 8}
+    text["train"]["learning_rate"] = 1e-2
+    text["output"] = "lora"
+    text["evaluate"]["branches"] = False
+    recipe.write_text(yaml.safe_dump(text))
+    anabranch("run", recipe)
+    merged = AutoModelForCausalLM.from_pretrained(recipe.parent / "lora" / "merged").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tiny_base).state_dict()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed and all("proj" in name for name in changed)
+
+
+def test_status(finished, tmp_path):
+    told = anabranch("status", finished[0] / "run").stdout
+    assert "branch 0" in told and "merged" in told
+    refused = anabranch("status", tmp_path, check=False)
+    assert refused.returncode == 2 and "not a run folder" in refused.stderr
