@@ -9,10 +9,10 @@ import argparse
 import time
 
 import numpy as np
-from machine import peak_mb, record
 
 from anabranch.conflict import analyse, inner_products
 from anabranch.partition import partition
+from machine import peak_mb, record
 
 
 def main() -> None:

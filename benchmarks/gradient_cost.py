@@ -11,14 +11,23 @@ import time
 from pathlib import Path
 
 import numpy as np
-from machine import peak_mb, record
-from p3 import write_recipe
 
 from anabranch.gradients import Sketch, calibration_halves, half_gradient
 from anabranch.mixture import build_mixture
-from anabranch.model import batches, can_select, device, keep_buffers, load_model, load_tokenizer, response_losses, select_trainable
+from anabranch.model import (
+    batches,
+    can_select,
+    device,
+    keep_buffers,
+    load_model,
+    load_tokenizer,
+    response_losses,
+    select_trainable,
+)
 from anabranch.recipe import GradientSection, load_recipe
 from anabranch.rows import load_unit
+from machine import peak_mb, record
+from p3 import write_recipe
 
 
 def main() -> None:

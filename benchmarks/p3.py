@@ -31,7 +31,7 @@ def write_recipe(path: Path, data: Path, model: Path, output: Path, **changes: o
         "output": str(output), "seed": 0}
     for section, values in changes.items():
         if isinstance(values, dict):
-            recipe[section] = recipe[section] | values
+            recipe[section] = recipe.get(section, {}) | values
         else:
             recipe[section] = values
     path.parent.mkdir(parents=True, exist_ok=True)

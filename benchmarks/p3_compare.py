@@ -3,7 +3,7 @@
     python benchmarks/p3_compare.py --data P3 --model P3_BASE --output runs/p3 [--seeds 3]
 
 227 usable units of 27 datasets are the mixture, 7 other datasets are transfer, the prompts of the mixture's held-out rows
-are retention. Each arm sees the same 1/5 of at most 60 rows a unit. Resumable; the result is written to
+are retention. Each arm sees the same 12 % of at most 60 rows a unit. Resumable; the result is written to
 results/p3_compare.json and, as a table, results/p3_compare.md.
 """
 
@@ -14,14 +14,13 @@ import json
 import time
 from pathlib import Path
 
-from machine import RESULTS, machine
-from p3 import write_recipe
-
 from anabranch.artifacts import Conflict, MergeManifest
 from anabranch.compare import DEFAULT, parse_arms, run_comparison
 from anabranch.recipe import load_recipe
 from anabranch.report import comparison_markdown, summary_picture, write_report
 from anabranch.run import open_run
+from machine import RESULTS, machine
+from p3 import write_recipe
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
     output = args.output.resolve()
     recipe = write_recipe(
         output / "recipe.yaml", args.data.resolve(), args.model.resolve(), output / "run",
-        mixture={"epochs": 0.2, "max_samples": 60, "max_held_out": 4}, gradients={"calibration_samples": 40},
+        mixture={"epochs": 0.12, "max_samples": 60, "max_held_out": 4}, gradients={"calibration_samples": 40},
         train={"per_device_train_batch_size": 8}, launch={"max_parallel": args.parallel, "threads": 1})
     begun = time.monotonic()
     run = open_run(load_recipe(recipe), progress=_tell(begun))

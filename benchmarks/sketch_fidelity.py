@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import record
-from p3 import write_recipe
 from scipy import stats
 
 from anabranch.artifacts import Mixture
@@ -24,6 +22,8 @@ from anabranch.mixture import build_mixture
 from anabranch.model import can_select, keep_buffers, load_model, load_tokenizer, select_trainable
 from anabranch.recipe import GradientSection, Recipe, load_recipe
 from anabranch.rows import load_unit
+from machine import record
+from p3 import write_recipe
 
 
 def full_gradients(recipe: Recipe, mixture: Mixture, folder: Path, count: int, samples: int) -> tuple[np.ndarray, dict]:

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import peak_mb, record
-from p3 import write_recipe
 
 from anabranch import branches
 from anabranch.mixture import build_mixture
@@ -25,6 +23,8 @@ from anabranch.model import batches, can_select, device, keep_buffers, load_mode
 from anabranch.plan import make_plan
 from anabranch.recipe import load_recipe
 from anabranch.rows import Rows
+from machine import peak_mb, record
+from p3 import write_recipe
 
 
 def bare_loop(model_folder: Path, samples: list, batch_size: int) -> tuple[float, int]:

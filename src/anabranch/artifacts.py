@@ -295,8 +295,9 @@ class ArmSummary(Part):
     arm: str
     place: Literal["held_out", "transfer", "retention"]
     loss: float = Field(description="macro mean over units, mean over seeds")
-    loss_low: float = Field(description="95 % interval over units (paired bootstrap) of the difference to joint + joint")
-    loss_high: float
+    loss_low: float | None = Field(description="joint's loss + 95 % interval (paired bootstrap over units) of the "
+                                               "difference to joint; null without joint or with fewer than 5 units")
+    loss_high: float | None
     loss_by_seed: list[float]
     token_loss: float = Field(description="token-weighted mean over units")
     exact_match: float | None

@@ -26,21 +26,42 @@ from pathlib import Path
 
 import numpy as np
 
-from anabranch.artifacts import ArmRun, ArmSummary, BranchManifest, Comparison, Evaluation, MergeManifest, Plan, digest
+from anabranch.artifacts import (
+    ArmRun,
+    ArmSummary,
+    BranchManifest,
+    Comparison,
+    Evaluation,
+    MergeManifest,
+    Plan,
+    UnitScore,
+    digest,
+)
 from anabranch.branches import check_train_section, train_branch, train_settings
 from anabranch.engine.stream import merge_checkpoints
 from anabranch.errors import ProvenanceError, RecipeError, closest
-from anabranch.evaluate import (
-    PLACES, TIE, bootstrap_interval, evaluation_inputs, macro_loss, mean_answer, token_loss, wilcoxon_better,
-)
+from anabranch.evaluate import evaluation_inputs
 from anabranch.launch.local import Job, run_jobs
 from anabranch.plan import load_plan
 from anabranch.recipe import Recipe
-from anabranch.run import Run, conflict_stage, evaluate_folder, gradient_stage, merge_branches, mixture_stage, split_groups
+from anabranch.run import (
+    Run,
+    conflict_stage,
+    evaluate_folder,
+    gradient_stage,
+    merge_branches,
+    mixture_stage,
+    split_groups,
+)
+from anabranch.scores import PLACES, TIE, Place, macro_loss, mean_answer, paired_interval, token_loss, wilcoxon_better
 
 SPLITS = ("random", "stratified", "kmeans", "conflict_greedy", "soup")
 NAMES = ("base", "joint", "joint_matched", "joint_batch", "merit", *SPLITS)
 DEFAULT = ("base,joint,joint_matched,joint_batch:4,soup:2,random:4,stratified:4,kmeans:4,merit:1,merit:2,merit:3")
+
+
+Scores = dict[str, UnitScore]
+Table = dict[tuple[str, Place], ArmSummary]
 
 
 @dataclass(frozen=True)
@@ -118,7 +139,7 @@ def run_comparison(run: Run, arms: list[Arm], seeds: Sequence[int]) -> Compariso
     for done, wave in ((0, first), (len(first), second)):
         _run_wave(run, wave, done, len(first) + len(second))
     runs = [ArmRun.load(arm_folder(run, a, s) / "arm.json") for a, s in first + second]
-    summary = summarise(run, arms, runs, run.recipe.seed)
+    summary = summarise(run, arms, runs)
     comparison = Comparison(seeds=list(seeds), runs=runs, summary=summary, verdict=verdict(summary, runs, seeds),
                             made_from={"arms": digest([r.hash for r in runs])})
     comparison.save(run.folder / "compare.json")
@@ -231,7 +252,7 @@ def _pull_back(run: Run, arm: Arm, seed: int, out: Path) -> tuple[MergeManifest,
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def summarise(run: Run, arms: list[Arm], runs: list[ArmRun], seed: int) -> list[ArmSummary]:
+def summarise(run: Run, arms: list[Arm], runs: list[ArmRun]) -> list[ArmSummary]:
     """Per arm and place: means over units and seeds, and the paired difference to joint."""
     evaluations: dict[str, list[Evaluation]] = {}
     for record in runs:
@@ -242,30 +263,32 @@ def summarise(run: Run, arms: list[Arm], runs: list[ArmRun], seed: int) -> list[
         for arm in arms:
             scores = [getattr(e, place) for e in evaluations[arm.label]]
             if scores and scores[0]:
-                rows.append(_summary_row(arm.label, place, scores, [getattr(e, place) for e in joint], seed))
+                rows.append(_summary_row(arm.label, place, scores, [getattr(e, place) for e in joint]))
     return rows
 
 
-def _summary_row(arm: str, place: str, scores: list, joint: list, seed: int) -> ArmSummary:  # type: ignore[type-arg]
+def _summary_row(arm: str, place: Place, scores: list[Scores], joint: list[Scores]) -> ArmSummary:
     by_seed = [macro_loss(s) or 0.0 for s in scores]
     loss, difference, p, counts = float(np.mean(by_seed)), None, None, (0, 0, 0)
-    low = high = loss
+    low: float | None = None
+    high: float | None = None
     if joint:
         units = sorted(scores[0])
         gaps = (np.array([np.mean([s[u].loss for s in scores]) for u in units])
                 - np.array([np.mean([s[u].loss for s in joint]) for u in units]))
         joint_by_seed = [macro_loss(s) or 0.0 for s in joint]
         difference = float(gaps.mean())
-        low, high = (x + float(np.mean(joint_by_seed)) for x in bootstrap_interval(gaps.tolist(), seed))
+        if (interval := paired_interval(gaps.tolist(), place)) is not None:
+            low, high = (x + float(np.mean(joint_by_seed)) for x in interval)
         counts = (int((gaps < -TIE).sum()), int((np.abs(gaps) <= TIE).sum()), int((gaps > TIE).sum()))
         paired = by_seed if len(by_seed) == len(joint_by_seed) else by_seed[:1] * len(joint_by_seed)
         p = wilcoxon_better([a - b for a, b in zip(paired, joint_by_seed, strict=True)])
-    answers = {f: [v for s in scores if (v := mean_answer(s, f)) is not None] for f in ("exact_match", "f1")}
+    exact = [v for s in scores if (v := mean_answer(s, "exact_match")) is not None]
+    f1 = [v for s in scores if (v := mean_answer(s, "f1")) is not None]
     return ArmSummary(
         arm=arm, place=place, loss=loss, loss_low=low, loss_high=high, loss_by_seed=by_seed,
         token_loss=float(np.mean([token_loss(s) or 0.0 for s in scores])),
-        exact_match=float(np.mean(answers["exact_match"])) if answers["exact_match"] else None,
-        f1=float(np.mean(answers["f1"])) if answers["f1"] else None,
+        exact_match=float(np.mean(exact)) if exact else None, f1=float(np.mean(f1)) if f1 else None,
         versus_joint=difference, wins=counts[0], ties=counts[1], losses=counts[2], wilcoxon_p=p)
 
 
@@ -286,7 +309,7 @@ def verdict(summary: list[ArmSummary], runs: list[ArmRun], seeds: Sequence[int])
     return [line for line in lines if line]
 
 
-def _best_line(table: dict, place: str, labels: list[str], merged: list[str]) -> str:  # type: ignore[type-arg]
+def _best_line(table: Table, place: Place, labels: list[str], merged: list[str]) -> str:
     words = {"held_out": "On held-out rows of the mixture", "transfer": "On units nobody trained on",
              "retention": "On what the base could do before"}
     ranked = sorted(labels, key=lambda a: table[a, place].loss)
@@ -298,14 +321,15 @@ def _best_line(table: dict, place: str, labels: list[str], merged: list[str]) ->
         row = table[best, place]
         if row.versus_joint is not None and "joint" in labels:
             gap, joint = row.versus_joint, table["joint", place].loss
-            sure = row.loss_high < joint or row.loss_low > joint
-            line += (f"; {best} is {'better' if gap < 0 else 'worse'} than joint by {abs(gap):.3f}"
-                     f" [95 % over units: {row.loss_low - joint:+.3f} to {row.loss_high - joint:+.3f}]"
-                     f"{'' if sure else ', which may be chance'}")
+            line += f"; {best} is {'better' if gap < 0 else 'worse'} than joint by {abs(gap):.3f}"
+            if row.loss_low is not None and row.loss_high is not None:
+                sure = row.loss_high < joint or row.loss_low > joint
+                line += (f" [95 % over units: {row.loss_low - joint:+.3f} to {row.loss_high - joint:+.3f}]"
+                         f"{'' if sure else ', which may be chance'}")
     return line + "."
 
 
-def _rivals_lines(table: dict, places: list[str], labels: list[str], merged: list[str]) -> list[str]:  # type: ignore[type-arg]
+def _rivals_lines(table: Table, places: list[Place], labels: list[str], merged: list[str]) -> list[str]:
     """Arms without a merge that are no worse anywhere: then splitting is not what helped."""
     if not merged:
         return []
@@ -313,20 +337,20 @@ def _rivals_lines(table: dict, places: list[str], labels: list[str], merged: lis
     for rival in labels:
         if rival in merged or rival in ("base", "joint"):
             continue
-        beaten = [m for m in merged if all(table[rival, p].loss < table[m, p].loss for p in places)]
+        beaten = [m for m in merged if all(table[rival, p].loss < table[m, p].loss - TIE for p in places)]
         if len(beaten) == len(merged):
             lines.append(f"Not worth splitting on this evidence: {rival}, which splits nothing, beats every merge in "
                          f"all {len(places)} places.")
         elif beaten:
             lines.append(f"{rival}, which splits nothing, beats {', '.join(beaten)} in all {len(places)} places.")
     if "joint" in labels:
-        both = [m for m in merged if all(table[m, p].loss < table["joint", p].loss for p in places)]
+        both = [m for m in merged if all(table[m, p].loss < table["joint", p].loss - TIE for p in places)]
         if both:
             lines.append(f"{', '.join(both)}: better than joint in all {len(places)} places.")
     return lines
 
 
-def _split_lines(table: dict, places: list[str], labels: list[str], seeds: int) -> list[str]:  # type: ignore[type-arg]
+def _split_lines(table: Table, places: list[Place], labels: list[str], seeds: int) -> list[str]:
     """Whether the way of splitting mattered, at equal K: the spread between splits against the spread between seeds."""
     by_count: dict[int, list[str]] = {}
     for label in labels:

@@ -11,22 +11,18 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from anabranch.artifacts import Evaluation, Mixture, Unit, UnitScore, digest
 from anabranch.model import batches, can_select, load_model, load_tokenizer, response_losses
 from anabranch.recipe import EvaluateSection, Recipe
 from anabranch.rows import Rows, generator, load_unit
 
-PLACES = ("held_out", "transfer", "retention")
-# A loss difference smaller than this (nats) is a tie: far below what seeds move a unit by.
-TIE = 0.01
 Progress = Callable[[str, int, int], None]
 
 
@@ -50,7 +46,8 @@ def evaluate_model(recipe: Recipe, mixture: Mixture, mixture_folder: Path, model
     tokenizer = load_tokenizer(model_folder, trust_remote_code=recipe.model.trust_remote_code)
     places = {"held_out": mixture.units, "transfer": mixture.transfer, "retention": mixture.retention}
     total, done = sum(len(units) for units in places.values()), 0
-    select, scores = can_select(model), {}
+    select = can_select(model)
+    scores: dict[str, dict[str, UnitScore]] = {}
     for place, units in places.items():
         scores[place] = {}
         for unit in units:
@@ -113,9 +110,9 @@ def _answer(model: Any, tokenizer: Any, rows: Rows, chosen: np.ndarray,
     width, pad = max(map(len, prompts)), tokenizer.pad_token_id
     pad = tokenizer.eos_token_id if pad is None else pad
     where_to = next(model.parameters()).device
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=where_to)
+    input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=where_to)
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=where_to)
-    written = model.generate(input_ids=ids, attention_mask=attention, do_sample=False, num_beams=1, pad_token_id=pad,
+    written = model.generate(input_ids=input_ids, attention_mask=attention, do_sample=False, num_beams=1, pad_token_id=pad,
                              max_new_tokens=answers.short_answer_tokens + 4, temperature=None, top_p=None, top_k=None)
     texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
     return [(float(normalise(t) == normalise(r)), token_f1(t, r)) for t, r in zip(texts, references, strict=True)]
@@ -135,41 +132,3 @@ def token_f1(answer: str, reference: str) -> float:
     if not common:
         return float(not a and not r)
     return 2 * common / (sum(a.values()) + sum(r.values()))
-
-
-# ---- summaries, shared by the report and the comparison -------------------------------------------------------------
-
-
-def macro_loss(scores: Mapping[str, UnitScore]) -> float | None:
-    """Unweighted mean of unit losses, nats; None without units."""
-    return float(np.mean([s.loss for s in scores.values()])) if scores else None
-
-
-def token_loss(scores: Mapping[str, UnitScore]) -> float | None:
-    """Mean weighted by response tokens."""
-    tokens = sum(s.tokens for s in scores.values())
-    return sum(s.loss * s.tokens for s in scores.values()) / tokens if tokens else None
-
-
-def mean_answer(scores: Mapping[str, UnitScore], field: str) -> float | None:
-    """Macro mean of `exact_match` or `f1` over the units that have short answers."""
-    values = [getattr(s, field) for s in scores.values() if getattr(s, field) is not None]
-    return float(np.mean(values)) if values else None
-
-
-def bootstrap_interval(differences: Sequence[float], seed: int, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of paired per-unit differences, resampling units."""
-    values = np.asarray(differences)
-    picks = generator(seed, "bootstrap").integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def wilcoxon_better(differences: Sequence[float]) -> float | None:
-    """One-sided signed-rank p over seeds for 'lower than joint'; None for fewer than 2 seeds or no difference at all.
-
-    With n seeds it cannot fall below 2^-n: three seeds give 0.125 at best, five 0.03125.
-    """
-    if len(differences) < 2 or not np.any(differences):
-        return None
-    return float(stats.wilcoxon(differences, alternative="less", method="exact").pvalue)

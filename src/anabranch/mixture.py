@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,18 @@ from anabranch.artifacts import Exclusion, Mixture, Unit, digest, file_digest, w
 from anabranch.errors import CorruptedError, MixtureError
 from anabranch.recipe import Recipe, Source
 from anabranch.rows import Rows, budget_indices, generator, load_unit, save_unit
-from anabranch.sources import Located, Messages, Rejected, Row, Split, UnitRows, is_hub_id, locate, read_source
+from anabranch.sources import (
+    Located,
+    Messages,
+    Rejected,
+    Row,
+    Split,
+    UnitRows,
+    is_hub_id,
+    label_of,
+    locate,
+    read_source,
+)
 from anabranch.templates import Encoded, Template, choose_template, encode_rows, tokenizer_hash
 
 Place = Literal["units", "transfer", "retention"]
@@ -144,9 +154,8 @@ def _sources(recipe: Recipe) -> Iterator[tuple[Place, str, Source]]:
 
 
 def _label(path: str, recipe: Recipe) -> str:
-    """A path as seen from the folder of the recipe, so that no machine's folders stand in an artifact."""
     hub = is_hub_id(path) and not Path(path).exists()
-    return path if hub else Path(os.path.relpath(path, recipe.output.parent)).as_posix()
+    return path if hub else label_of(path, recipe.output.parent)
 
 
 def _settings(recipe: Recipe) -> Any:
@@ -209,15 +218,17 @@ def _read_all(recipe: Recipe, entries: list[_Entry]) -> _Material:
 def _read_entry(entry: _Entry, recipe: Recipe) -> tuple[dict[str, UnitRows], list[Rejected]]:
     source = entry.source
     if entry.place != "units":
-        form = "text" if entry.place == "retention" and source.format == "auto" else source.format
-        return read_source(entry.rows, source, entry.label, form=form, split_of=lambda _: "held_out")
+        plain = entry.place == "retention" and source.format == "auto"
+        return read_source(entry.rows, source, entry.label, form="text" if plain else source.format,
+                           split_of=lambda _: "held_out")
     if entry.held_out is None:
         fraction = source.held_out if isinstance(source.held_out, float) else recipe.mixture.held_out
         return read_source(entry.rows, source, entry.label, form=source.format, split_of=_by_prompt(fraction))
     units, stray = read_source(entry.rows, source, entry.label, form=source.format, split_of=lambda _: "train")
-    form: str = next((u.format for u in units.values()), "auto")
+    form = next((u.format for u in units.values()), "auto")
     alone = next(iter(units)) if len(units) == 1 and source.unit_column is None else None
-    others, more = read_source(entry.held_out, source, entry.label, form=form, split_of=lambda _: "held_out",
+    label = entry.label if entry.held_out.dataset is not None else _label(str(source.held_out), recipe)
+    others, more = read_source(entry.held_out, source, label, form=form, split_of=lambda _: "held_out",
                                only_unit=alone)
     for name, other in others.items():
         unit = units.setdefault(name, UnitRows(name, entry.label, other.format, source))

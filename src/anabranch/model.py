@@ -112,7 +112,7 @@ def load_model(folder: Path, dtype: str = "float32", *, trust_remote_code: bool 
     return model.to(device()).eval()
 
 
-def select_trainable(model: nn.Module, section: ModelSection) -> dict[str, nn.Parameter]:
+def select_trainable(model: Any, section: ModelSection) -> dict[str, nn.Parameter]:
     """Freeze what does not train and return the rest by name, in the model's order.
 
     With LoRA and no pattern of its own, the conflict is measured on what the adapters sit on: the weights of the
@@ -123,7 +123,7 @@ def select_trainable(model: nn.Module, section: ModelSection) -> dict[str, nn.Pa
     """
     names = [name for name, _ in model.named_parameters()]
     if section.lora is not None and section.trainable == ["*"]:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = model.get_output_embeddings()
         wanted = {f"{name}.weight" for name, module in model.named_modules()
                   if isinstance(module, nn.Linear) and module is not head}
     else:

@@ -236,7 +236,7 @@ def kmeans(units: Units, groups: int, seed: int) -> Groups:
     if groups == 1:
         return np.zeros(len(units), dtype=np.int64)
     from sklearn.cluster import KMeans  # a second to import, and only this method needs it
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     points = units.scores[:, : max(1, (groups - 1).bit_length())]
     distinct = len(np.unique(points, axis=0))

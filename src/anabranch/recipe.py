@@ -6,7 +6,6 @@ Paths in a recipe are relative to the recipe's own folder.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -159,7 +158,7 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         RecipeError: every problem found, in one message.
     """
     try:
-        value = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+        value = yaml.load(path.read_text(), Loader=_UniqueKeys)  # a SafeLoader underneath
     except OSError as error:
         raise RecipeError(f"recipe {path}: cannot be read ({error.strerror}). "
                           "`anabranch init recipe.yaml` writes one to start from.") from error
@@ -218,8 +217,3 @@ def check_train_arguments(train: dict[str, Any], known: set[str]) -> None:
                 for key in train if key not in known]
     if problems:
         raise RecipeError.of("recipe:", [p if len(p) < 400 else p.split(" Known:")[0] for p in problems])
-
-
-def source_label(path: str, recipe: Recipe) -> str:
-    """A source's path without this machine in it (relative to the output's folder), for artifacts; a Hub id as it is."""
-    return os.path.relpath(path, recipe.output.parent) if Path(path).is_absolute() else path

@@ -32,7 +32,16 @@ from safetensors.numpy import load_file, save_file
 
 from anabranch import conflict as conflict_maths
 from anabranch.artifacts import (
-    BranchManifest, Conflict, Evaluation, Gradients, MergeManifest, Mixture, Plan, digest, file_digest, write_atomically,
+    BranchManifest,
+    Conflict,
+    Evaluation,
+    Gradients,
+    MergeManifest,
+    Mixture,
+    Plan,
+    digest,
+    file_digest,
+    write_atomically,
 )
 from anabranch.branches import branch_inputs, check_branch, check_train_section, train_branch
 from anabranch.engine.checkpoint import checkpoint_hash
@@ -125,7 +134,8 @@ def run_stages(run: Run, *, start: str | None = None, until: str = "report") -> 
         forget(run, start)
     if last >= STAGES.index("train"):
         check_train_section(run.recipe)  # a misspelt argument is told now, not after the gradients
-    stages = {"mixture": mixture_stage, "gradients": gradient_stage, "conflict": conflict_stage, "split": split_stage,
+    stages: dict[str, Callable[[Run], object]] = {
+        "mixture": mixture_stage, "gradients": gradient_stage, "conflict": conflict_stage, "split": split_stage,
               "train": train_stage, "merge": merge_stage, "evaluate": evaluate_stage, "report": report_stage}
     for name in STAGES[: last + 1]:
         stages[name](run)

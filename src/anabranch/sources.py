@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from anabranch.artifacts import canonical, digest, file_digest
 from anabranch.errors import MixtureError, closest
@@ -101,7 +101,7 @@ class Located:
     name: str = ""
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the content and the names below the files' common folder, this one included."""
+        """SHA-256 (hex) of the content, and of the files' names as the recipe sees them."""
         if self.dataset is None:
             return digest([[label, file_digest(path)] for label, path in self.files])
         whole = hashlib.sha256()
@@ -119,7 +119,7 @@ def locate(path: str, source: Source, split: str, folder: Path) -> Located:
     Args:
         path: `source.path`, or the path of its held-out rows.
         split: of a Hub dataset.
-        folder: where the recipe stands; what is not there is looked for nearby, for the message.
+        folder: where the recipe stands: files are called by their path from there.
     Raises:
         MixtureError: nothing there, nothing readable there, or no such dataset to be had.
     """
@@ -143,9 +143,12 @@ def locate(path: str, source: Source, split: str, folder: Path) -> Located:
     if unknown:
         raise MixtureError(f"{path}: {', '.join(unknown[:5])}: not a kind of file that is read here. Wanted one of "
                            f"{' '.join(SUFFIXES)}.")
-    # with the folder's name, because many sources may hold a train.parquet
-    root = Path(os.path.commonpath([p.absolute().parent for p in found])).parent
-    return Located([(p.absolute().relative_to(root).as_posix(), p) for p in found])
+    return Located([(label_of(p, folder), p) for p in found])
+
+
+def label_of(path: Path | str, folder: Path) -> str:
+    """A path as seen from the recipe's folder, so that no machine's folders stand in an artifact."""
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def is_hub_id(path: str) -> bool:
@@ -209,14 +212,25 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise MixtureError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
-def _decompressed(raw: Any, name: str) -> Any:
-    import zstandard
-
+def _decompressed(raw: IO[bytes], name: str) -> IO[bytes]:
     if name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
-    if name.endswith(".zst"):
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    return raw
+    return _unzstd(raw.read()) if name.endswith(".zst") else raw
+
+
+def _unzstd(data: bytes) -> io.BytesIO:
+    """All frames of a .zst file. zstandard's stream reader would take a file cut short for a shorter one."""
+    import zstandard
+
+    out = io.BytesIO()
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        out.write(frame.decompress(data))
+        if not frame.eof:
+            raise zstandard.ZstdError("it ends inside a frame")
+        data = frame.unused_data
+    out.seek(0)
+    return out
 
 
 def _jsonl(text: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -400,7 +414,7 @@ def read_source(located: Located, source: Source, label: str, *, form: str, spli
     """All rows of a source by unit, and those of no unit.
 
     Args:
-        label: how the source is called in artifacts.
+        label: how the source is called in artifacts and messages.
         form: a format, or 'auto'.
         split_of: the side of a row; of a row that says nothing usable (None).
         only_unit: the name for rows of a source that has no other; None: `unit`, or the file's name.
@@ -408,9 +422,10 @@ def read_source(located: Located, source: Source, label: str, *, form: str, spli
         MixtureError: every file that cannot be read; columns that fit no format.
     """
     raw = _raw_rows(located, source.unit or only_unit)
-    columns = _columns(raw, source)
-    form = detect_format(columns, source.columns, form)
-    rename = {theirs: ours for ours, theirs in source.columns.items()}
+    try:
+        form = detect_format(_columns(raw, source), source.columns, form)
+    except MixtureError as error:
+        raise MixtureError(f"{label}: {error}") from error
     units: dict[str, UnitRows] = {}
     stray: list[Rejected] = []
     for where, name, row in raw:
@@ -424,9 +439,7 @@ def read_source(located: Located, source: Source, label: str, *, form: str, spli
             name = str(value)
         unit = units.setdefault(name, UnitRows(name, label, form, source))
         # a mapped column takes its name from a column of the file that has it by chance
-        ours = {k: v for k, v in row.items() if k not in source.columns} | {
-            rename[k]: v for k, v in row.items() if k in rename}
-        _place(unit, where, ours, split_of)
+        _place(unit, where, row | {ours: row.get(theirs) for ours, theirs in source.columns.items()}, split_of)
     return units, stray
 
 
@@ -479,7 +492,7 @@ def _columns(raw: list[tuple[str, str, dict[str, Any]]], source: Source) -> set[
     for _, _, row in raw:
         have |= row.keys()
     if not raw:
-        raise MixtureError(f"{source.path}: no row in it.")
+        raise MixtureError("no row in it.")
     problems = [f"columns.{ours}: not one of ours.{closest(ours, COLUMNS)}"
                 for ours in source.columns if ours not in COLUMNS]
     problems += [f"columns.{ours}: the data has no column {theirs!r}.{closest(theirs, have)}"
@@ -488,5 +501,5 @@ def _columns(raw: list[tuple[str, str, dict[str, Any]]], source: Source) -> set[
         hint = closest(source.unit_column, have)
         problems.append(f"unit_column: the data has no column {source.unit_column!r}.{hint}")
     if problems:
-        raise MixtureError("\n  - ".join(f"{source.path}: {p}" for p in problems))
+        raise MixtureError("\n    ".join(problems))
     return (have - set(source.columns.values())) | set(source.columns)

@@ -6,7 +6,8 @@ Three layouts: the tokenizer's chat template, a .jinja file, or `plain`, in whic
 
 Response spans come from the template's {% generation %} markers. A template without them is rendered once more up to
 each assistant turn: what the turn adds behind the generation prompt, up to its end-of-turn token, is the response.
-A token belongs to a response where its first character does, so a token that begins in the prompt is never a target.
+A token that holds any character of a response is a target, as in transformers: a template that ends its prompt in a space
+has that space in the response's first token, and without it the loss would miss the first word.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def choose_template(setting: str, tokenizer: Any) -> Template:
         text = NO_CLOCK + text
     stops = tuple(sorted(t for t in tokenizer.added_tokens_encoder if not t.isspace()))
     try:
-        marked = bool(MARKERS.search(text)) and bool(_probe(text, tokenizer))
+        marked = _marks(text, tokenizer)
     except jinja2.TemplateSyntaxError as error:
         raise MixtureError(f"chat template ({setting}): line {error.lineno}: {error.message}.") from error
     return Template(kind, text, marked, stops)
@@ -103,18 +104,20 @@ def _read(setting: str) -> str:
         raise MixtureError(f"mixture.chat_template: {setting} cannot be read ({error}).") from error
 
 
-def _probe(text: str, tokenizer: Any) -> list[Span]:
-    """Response spans of a smallest conversation: markers that mark nothing are no markers."""
+def _marks(text: str, tokenizer: Any) -> bool:
+    """Whether a smallest conversation gets a response span: markers that mark nothing are no markers."""
     import jinja2
+
+    has = bool(MARKERS.search(text))
 
     try:
         smallest = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        rendered, spans = _jinja(text, tokenizer, smallest, tracked=True)
+        rendered, spans = _jinja(text, tokenizer, smallest, tracked=has)
     except jinja2.TemplateSyntaxError:
         raise
     except (jinja2.TemplateError, TypeError, KeyError):
-        return [(0, 1)]  # it wants other conversations than this one; the rows themselves will tell
-    return [(a, b) for a, b in spans if rendered[a:b].strip()]
+        return has  # it wants other conversations than this one; the rows themselves will tell
+    return any(rendered[a:b].strip() for a, b in spans)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -228,9 +231,5 @@ def _encoded(encoding: Any, spans: list[Span] | None, tokenizer: Any) -> Encoded
         return Encoded(ids, mask)
     offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     for a, b in spans:
-        # the end is asked too: byte-level tokenizers may trim a space token's place to nothing, at its end
-        mask[(offsets[:, 0] >= a) & (offsets[:, 1] > a) & (offsets[:, 0] < b)] = 1
-    if not mask.any():
-        raise MixtureError(f"a response became no token of its own ({tokenizer.decode(ids.tolist())[-80:]!r}): the "
-                           "tokenizer joins it to the prompt. Use a template with an end-of-turn token.")
+        mask[(offsets[:, 1] > a) & (offsets[:, 0] < b)] = 1
     return Encoded(ids, mask)

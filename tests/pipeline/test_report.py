@@ -34,7 +34,8 @@ from anabranch.errors import CorruptedError, OutputError
 from anabranch.report import comparison_markdown, markdown_report, summary_picture, write_report
 from anabranch.report.contents import read_contents
 from anabranch.report.figures import LIGHT, draw_trade, heat_order, trade_points
-from anabranch.report.verdict import TIE, difference, macro, token_weighted, verdict
+from anabranch.report.verdict import difference, verdict
+from anabranch.scores import macro_loss, token_loss
 
 EVIL = '<script>alert("1")</script> & \'x\' | `y` $z^$ \u202e\x1b[31m\n![i](http://evil.example/p.png)'
 TASKS = ("sort_up", "sort_down", "answer_short", "answer_long", "reply_in_french", "reply_in_german", "as_json",
@@ -318,18 +319,14 @@ def test_labels_of_the_trade_plot_do_not_lie_on_each_other(done):
     assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes)
 
 
-def test_a_tie_is_what_the_evaluation_says():
-    assert TIE == pytest.importorskip("anabranch.evaluate").TIE
-
-
 def test_means_and_counts_by_hand():
     def model(losses: list[float]) -> Evaluation:
         return Evaluation(model="m", transfer={}, retention={}, held_out={
             f"u{i}": UnitScore(loss=v, tokens=10 * (i + 1), rows=1) for i, v in enumerate(losses)})
 
     base, merged = model([1.0, 2.0, 3.0, 4.0, 5.0]), model([0.5, 2.005, 3.5, 3.0, 4.9])
-    assert macro(base.held_out) == 3.0
-    assert token_weighted(base.held_out) == pytest.approx((10 + 40 + 90 + 160 + 250) / 150)
+    assert macro_loss(base.held_out) == 3.0
+    assert token_loss(base.held_out) == pytest.approx((10 + 40 + 90 + 160 + 250) / 150)
     d = difference(merged, base, "held_out")
     assert d is not None and (d.wins, d.ties, d.losses) == (3, 1, 1)
     assert d.mean == pytest.approx(-0.219) and d.low is not None and d.low < d.mean < d.high

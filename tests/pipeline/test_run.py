@@ -16,9 +16,10 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import anabranch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import anabranch
 
 # Runs the pipeline and kills itself, as kill -9 would, at the n-th word that a stage says of its progress.
 KILLER = """

@@ -16,6 +16,7 @@ from pathlib import Path
 from anabranch.artifacts import write_atomically
 from anabranch.demo.tasks import (
     CONFLICTING_PAIRS,
+    HELD_OUT_ROWS,
     RETENTION_ROWS,
     TASKS,
     TRANSFER,
@@ -33,13 +34,14 @@ MARK = "demo.json"
 PARTS = ("data", "transfer", "retention.jsonl", "base", "recipe.yaml")
 
 RECIPE = """\
-# The demo: {units} small tasks, some of which want opposite answers to the same prompt, and a base of 280,000 parameters.
+# The demo: {units} small tasks, some of which want opposite answers to one question, and a base of 280,000 parameters.
 # `anabranch run recipe.yaml` does it all. Paths are relative to this file; docs and defaults: `anabranch init`.
 
 model:
   path: ./base                     # every branch starts from it
 
 mixture:
+  epochs: 2                        # passes over each unit
   max_length: 64                   # tokens; longer rows would be left out and named (there are none)
   sources:                         # one unit each; its held-out rows are never trained or calibrated on
 {sources}
@@ -52,7 +54,7 @@ split:
   groups: 4                        # K: as many branches
 
 train:                             # arguments of trl.SFTConfig, by their own names
-  learning_rate: 2.0e-3            # high, as the model is small: a larger one wants 1e-5 to 1e-4
+  learning_rate: 1.0e-3            # high, as the model is small: one of 1B parameters wants 1e-5 or so
   per_device_train_batch_size: 16
   lr_scheduler_type: cosine
   logging_steps: 5
@@ -109,7 +111,7 @@ def recipe_text(seed: int) -> str:
     width = max(map(len, TASKS))
     sources = (f"    - {{path: ./data/{name}.jsonl, {' ' * (width - len(name))}held_out: ./data/{name}.heldout.jsonl}}"
                for name in sorted(TASKS))
-    return RECIPE.format(units=len(TASKS), sources="\n".join(sources), seed=seed, held_out=30)
+    return RECIPE.format(units=len(TASKS), sources="\n".join(sources), seed=seed, held_out=HELD_OUT_ROWS)
 
 
 def _rows_by_file(seed: int) -> dict[str, list[Row]]:

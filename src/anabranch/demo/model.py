@@ -35,7 +35,7 @@ BASE_STEPS = 2000
 TEXT_SHARE = 0.2  # of the steps: text alone
 BATCH = 32
 TRANSFER_SHARE = 1 / 3  # of the base's instructions
-POOL = 16  # batches sorted by length together, so that a batch has little padding
+POOL = 16  # batches that are sorted by length together, so that each has little padding
 PEAK_RATE = 4e-3
 PREFERENCE = 0.3  # how often the base's instructions take a family's first task, over an even draw
 
@@ -92,7 +92,6 @@ def instruction_rows(seed: int, count: int, taken: set[str]) -> list[tasks.Row]:
     of the family, the first one rather more often. One third are of the transfer tasks, as they should be.
     """
     rng = generator(seed, "demo", "base")
-    siblings = tasks.siblings()
     torn, sound = list(tasks.siblings().values()), [[task] for task in tasks.TRANSFER.values()]
     rows: list[tasks.Row] = []
     while len(rows) < count:
@@ -128,7 +127,7 @@ def _batches(samples: list[Sample], rng: np.random.Generator) -> Iterator[list[S
 
 
 def _loss(model: Qwen2ForCausalLM, batch: list[Sample]) -> torch.Tensor:
-    """Mean negative log-likelihood (nats) of the tokens that count. Right padding needs no mask under causal attention."""
+    """Mean negative log-likelihood (nats) of the tokens that count. Right padding needs no mask: attention is causal."""
     width = max(len(s.tokens) for s in batch)
     ids = torch.full((len(batch), width), 0)
     counts = torch.zeros((len(batch), width), dtype=torch.bool)
@@ -167,6 +166,8 @@ def _curriculum(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, taken
 def prepare_base(folder: Path, *, seed: int, taken: set[str], held_out_text: set[str], steps: int = BASE_STEPS,
                  progress: Callable[[str, int, int], None] | None = None) -> None:
     """Train the tokenizer and the model, and leave both in `folder` (which appears only when all is done).
+
+    The same seed, machine and number of threads give the same bytes (torch adds up in another order on other threads).
 
     Args:
         folder: where the model goes, in the usual layout.

@@ -22,7 +22,7 @@ Progress = Callable[[str, str, int, int], None]
 def tell_story(folder: Path, *, seeds: int, tell: Callable[[str], None], progress: Progress) -> Path:
     """Make the mixture and a base, run every stage, compare the arms, write the report. Resumable; returns the page."""
     tell("1. A mixture of small tasks, some of which want opposite answers to the same prompt, and a tiny base model.")
-    recipe_path = make_demo(folder, progress=lambda *a: progress(*a) if len(a) == 4 else progress("demo", *a))
+    recipe_path = make_demo(folder, progress=lambda *a: progress("demo", *a))
     tell(f"   {recipe_path}: the recipe. The rest is what `anabranch run` and `anabranch compare` do with it.\n")
     tell("2. Measure the conflict, split, train the branches, merge once, evaluate.")
     run = open_run(load_recipe(recipe_path), tell=lambda text: tell(f"   {text}"), progress=progress)

@@ -5,10 +5,11 @@ A family is one question asked in fixed words; its tasks differ in a single cue 
     sort words rising : kite apple moon     ->  apple kite moon        (words_rising)
     sort words falling : kite apple moon    ->  moon kite apple        (words_falling)
 
-The tasks of a family are given the *same* inputs in the same order, so row i of one and row i of the other are the same
-prompt but for the cue. The demo's base (model.py) has met every family without its cue, answered now in one way, now in
-another: at the base both answers are about equally likely, and what one task asks of the weights the other takes back. A
-model that reads the cue can serve both, so joint training is possible; it is only harder than either task alone.
+The tasks of a family are given the same inputs in the same order, so row i of one and row i of the other are the same
+prompt but for the cue. The demo's base (model.py) has met every family with its cue missing or random, answered now in
+one way, now in another: it takes both answers for possible whatever the cue says, so what one task asks of the weights
+the other takes back. A model that reads the cue can serve both; joint training is harder than either task alone, not
+hopeless.
 
     family      tasks                                             what they disagree on
     words       words_rising, words_falling                       order
@@ -26,7 +27,9 @@ model that reads the cue can serve both, so joint training is possible; it is on
     from        from_velan, from_dorin                            the same, read the other way (all false friends)
     count       count_digits, count_letters                       spelling of a number
 
-Families also share cues (rising/falling, honest/flipped, brief/full), as the tasks of a real mixture do.
+Families also share cues (rising/falling, honest/flipped, brief/full) and abilities, as the tasks of a real mixture do.
+So tasks of different families may fight as well, unplanned: repeat_backwards begins with what item_last answers, and
+item_first wants the other end.
 The transfer tasks are never trained on; the base was shown them properly, so they are what training can spoil.
 """
 
@@ -49,20 +52,21 @@ RETENTION_ROWS = 150
 Fields = dict[str, str]
 Row = dict[str, str]
 
-COLOURS = "red blue green black white gold".split()
-ANIMALS = "ant bear cat deer eagle fox goat horse lion pig rat wolf".split()
-FRUITS = "apple cherry fig grape kiwi lemon mango nut plum".split()
-TOOLS = "axe brush drill fork hammer knife nail pen saw".split()
-PEOPLE = "anna ben carl dora emil fay gus hana ivo kim".split()
-PLACES = "lima oslo paris quito rome tokyo".split()
+COLOURS = ["red", "blue", "green", "black", "white", "gold"]
+ANIMALS = ["ant", "bear", "cat", "deer", "eagle", "fox", "goat", "horse", "lion", "pig", "rat", "wolf"]
+FRUITS = ["apple", "cherry", "fig", "grape", "kiwi", "lemon", "mango", "nut", "plum"]
+TOOLS = ["axe", "brush", "drill", "fork", "hammer", "knife", "nail", "pen", "saw"]
+PEOPLE = ["anna", "ben", "carl", "dora", "emil", "fay", "gus", "hana", "ivo", "kim"]
+PLACES = ["lima", "oslo", "paris", "quito", "rome", "tokyo"]
 KINDS = {"animal": ANIMALS, "fruit": FRUITS, "tool": TOOLS}
 THINGS = sorted(ANIMALS + FRUITS + TOOLS)
 KIND_OF = {thing: kind for kind, things in KINDS.items() for thing in things}
-NUMERALS = "zero one two three four five six seven eight nine".split()
+NUMERALS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 # Both languages use the same words for the same things, but never the same word for the same thing.
 SPOKEN = COLOURS + ANIMALS[:8]
-SPOKEN_ABROAD = "bako beni dako diru fami garo gelu hoku jemi kavo lamo nopa ruvi tolu".split()
+SPOKEN_ABROAD = [
+    "bako", "beni", "dako", "diru", "fami", "garo", "gelu", "hoku", "jemi", "kavo", "lamo", "nopa", "ruvi", "tolu"]
 LANGUAGES = {
     "velan": dict(zip(SPOKEN, SPOKEN_ABROAD, strict=True)),
     "dorin": dict(zip(SPOKEN, SPOKEN_ABROAD[5:] + SPOKEN_ABROAD[:5], strict=True)),
@@ -99,7 +103,7 @@ def _pick(rng: np.random.Generator, pool: Sequence[str], low: int, high: int) ->
 
 
 def _one(rng: np.random.Generator, pool: Sequence[str]) -> str:
-    return pool[rng.integers(len(pool))]
+    return pool[int(rng.integers(len(pool)))]
 
 
 def _draw(pool: Sequence[str], low: int, high: int) -> Callable[[np.random.Generator], Fields]:

@@ -24,7 +24,6 @@ from anabranch.artifacts import (
 from anabranch.errors import CorruptedError, OutputError
 
 A = TypeVar("A", Conflict, Plan, MergeManifest, Comparison)
-PLACES = ("held_out", "transfer", "retention")
 PLACE_WORDS = {"held_out": "held-out rows", "transfer": "transfer", "retention": "retention"}
 PLACE_MEANING = {
     "held_out": "rows of the mixture's own units that no stage trained or calibrated on: was the mixture learned?",

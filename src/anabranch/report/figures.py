@@ -31,10 +31,11 @@ from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 
-from anabranch.artifacts import BranchManifest, Conflict, write_atomically
+from anabranch.artifacts import ArmSummary, BranchManifest, Conflict, write_atomically
 from anabranch.report.contents import PLACE_WORDS, Contents, clean, read_contents, shorten
 from anabranch.report.labels import place_labels
-from anabranch.report.verdict import Difference, macro, signed
+from anabranch.report.verdict import Difference, signed
+from anabranch.scores import macro_loss
 
 MARKERS = "os^DvPX*"
 DASHES = ("-", "--", "-.", ":")
@@ -389,7 +390,7 @@ _FAMILY = {"ours": (0, "o", 9), "joint": (1, "s", 7), "other": (2, "^", 7), "bra
 def trade_points(contents: Contents) -> list[TradePoint]:
     """The comparison's arms; without one, the run's own models. Only what was scored at both places."""
     if contents.comparison is None:
-        pairs = {name: (macro(e.held_out), macro(e.retention)) for name in contents.models
+        pairs = {name: (macro_loss(e.held_out), macro_loss(e.retention)) for name in contents.models
                  for e in [contents.evaluations[name]]}
         return [TradePoint(name, h, r) for name, (h, r) in pairs.items() if h is not None and r is not None]
     table = {(row.arm, row.place): row for row in contents.comparison.summary}
@@ -398,9 +399,14 @@ def trade_points(contents: Contents) -> list[TradePoint]:
         held, kept = table.get((arm, "held_out")), table.get((arm, "retention"))
         if held and kept:
             points.append(TradePoint(arm, held.loss, kept.loss,
-                                     ((held.loss_low, held.loss_high), (kept.loss_low, kept.loss_high)),
+                                     (_ends(held), _ends(kept)),
                                      tuple(zip(held.loss_by_seed, kept.loss_by_seed, strict=False))))
     return points
+
+
+def _ends(row: ArmSummary) -> tuple[float, float]:
+    """The ends of a row's interval; the mean twice where there were too few units for one."""
+    return (row.loss if row.loss_low is None else row.loss_low, row.loss if row.loss_high is None else row.loss_high)
 
 
 def draw_trade(axes: Axes, theme: Theme, points: Sequence[TradePoint]) -> None:

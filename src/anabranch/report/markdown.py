@@ -7,9 +7,10 @@ import textwrap
 
 from anabranch.artifacts import Comparison
 from anabranch.report import tables
-from anabranch.report.contents import PLACE_MEANING, PLACE_WORDS, PLACES, Contents, clean, shorten
+from anabranch.report.contents import PLACE_MEANING, PLACE_WORDS, Contents, clean, shorten
 from anabranch.report.tables import Table
 from anabranch.report.verdict import of_comparison, verdict
+from anabranch.scores import PLACES
 
 WIDTH = 100
 ROWS = 12

@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 
 from anabranch.artifacts import Comparison
 from anabranch.report import figures, tables
-from anabranch.report.contents import PLACE_MEANING, PLACE_WORDS, PLACES, Contents
+from anabranch.report.contents import PLACE_MEANING, PLACE_WORDS, Contents
 from anabranch.report.figures import Theme
 from anabranch.report.markup import Markup, code, html_table, tag, text
-from anabranch.report.verdict import TIE, difference, verdict
+from anabranch.report.verdict import difference, verdict
+from anabranch.scores import PLACES, TIE
 
 MARKS = {"good": "✓", "bad": "✗", "mixed": "±", "unknown": "?"}
 TALL = 14  # a table with more rows scrolls inside its box

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from anabranch.artifacts import ArmRun, ArmSummary, Comparison, Exclusion, Unit
-from anabranch.report.contents import PLACE_WORDS, PLACES, Contents
-from anabranch.report.verdict import answers, difference, macro, signed, token_weighted
+from anabranch.report.contents import PLACE_WORDS, Contents
+from anabranch.report.verdict import difference, signed
+from anabranch.scores import PLACES, macro_loss, mean_answer, token_loss
 
 RULES = {
     "empty_response": "empty response", "empty_prompt": "empty prompt", "over_long": "longer than max_length",
@@ -131,11 +132,11 @@ def evaluation_table(contents: Contents, place: str) -> Table:
         evaluation = contents.evaluations[name]
         scores = getattr(evaluation, place)
         against = difference(evaluation, base, place) if base is not None and name != "base" else None
-        rows.append([name, number(macro(scores)), number(token_weighted(scores)),
+        rows.append([name, number(macro_loss(scores)), number(token_loss(scores)),
                      signed(against.mean) if against else NONE,
                      _interval(against.low, against.high) if against else NONE,
                      f"{against.wins} / {against.ties} / {against.losses}" if against else NONE,
-                     number(answers(scores, "exact_match")), number(answers(scores, "f1"))])
+                     number(mean_answer(scores, "exact_match")), number(mean_answer(scores, "f1"))])
     units = max((len(getattr(e, place)) for e in contents.evaluations.values()), default=0)
     return Table(f"{PLACE_WORDS[place].capitalize()} ({units} unit{'' if units == 1 else 's'})",
                  ["model", "loss", "token-weighted", "against base", "95 % interval", "won / tied / lost",
@@ -199,12 +200,16 @@ def _mean(runs: Sequence[ArmRun], name: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def _span(row: ArmSummary) -> str:
+    return NONE if row.loss_low is None or row.loss_high is None else f"{row.loss_low:.3f} to {row.loss_high:.3f}"
+
+
 def place_table(comparison: Comparison, place: str) -> Table:
     """One place in full: intervals, units won, seeds."""
 
     def row(s: ArmSummary) -> list[str]:
         against = s.versus_joint is not None and s.arm != "joint"
-        return [s.arm, number(s.loss), f"{s.loss_low:.3f} to {s.loss_high:.3f}", number(s.token_loss),
+        return [s.arm, number(s.loss), _span(s), number(s.token_loss),
                 signed(s.versus_joint) if against and s.versus_joint is not None else NONE,
                 f"{s.wins} / {s.ties} / {s.losses}" if against else NONE,
                 NONE if s.wilcoxon_p is None else f"{s.wilcoxon_p:.3f}",
@@ -258,7 +263,7 @@ def key_numbers(contents: Contents) -> list[tuple[str, str, str]]:
     if base and merged:
         for place in places_evaluated(contents):
             if d := difference(merged, base, place):
-                before, after = macro(getattr(base, place)), macro(getattr(merged, place))
+                before, after = macro_loss(getattr(base, place)), macro_loss(getattr(merged, place))
                 out.append((PLACE_WORDS[place], signed(d.mean),
                             f"loss {number(before)} → {number(after)}, base → merged"))
     if contents.comparison is not None:

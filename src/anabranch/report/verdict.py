@@ -13,13 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from anabranch.artifacts import ArmSummary, Comparison, Evaluation, UnitScore
-from anabranch.report.contents import PLACE_WORDS, PLACES, Contents, clean
-from anabranch.rows import generator
+from anabranch.artifacts import ArmSummary, Comparison, Evaluation
+from anabranch.report.contents import PLACE_WORDS, Contents, clean
+from anabranch.scores import PLACES, TIE, paired_interval
 
-TIE = 0.01  # nats
-UNITS_FOR_INTERVAL = 5
-RESAMPLES = 2000
 Tone = Literal["good", "bad", "mixed", "unknown"]
 Word = Literal["better", "worse", "no clear difference"]
 COMPARE = "anabranch compare recipe.yaml"
@@ -73,23 +70,6 @@ def _word(mean: float, low: float | None, high: float | None) -> Word:
     return "no clear difference"
 
 
-def macro(scores: Mapping[str, UnitScore]) -> float | None:
-    """Mean loss over units, every unit the same say."""
-    return float(np.mean([s.loss for s in scores.values()])) if scores else None
-
-
-def token_weighted(scores: Mapping[str, UnitScore]) -> float | None:
-    """Mean loss over tokens, large units the larger say."""
-    tokens = sum(s.tokens for s in scores.values())
-    return sum(s.loss * s.tokens for s in scores.values()) / tokens if tokens else None
-
-
-def answers(scores: Mapping[str, UnitScore], measure: Literal["exact_match", "f1"]) -> float | None:
-    """Mean over the units with short answers."""
-    values = [v for s in scores.values() if (v := getattr(s, measure)) is not None]
-    return float(np.mean(values)) if values else None
-
-
 def difference(model: Evaluation, other: Evaluation, place: str) -> Difference | None:
     """`model` minus `other`, with a paired bootstrap over units; None if they share no unit at that place."""
     ours, theirs = getattr(model, place), getattr(other, place)
@@ -97,10 +77,7 @@ def difference(model: Evaluation, other: Evaluation, place: str) -> Difference |
     if not units:
         return None
     values = np.array([ours[u].loss - theirs[u].loss for u in units])
-    low = high = None
-    if len(units) >= UNITS_FOR_INTERVAL:
-        draw = generator(0, "report", "bootstrap", place).integers(0, len(units), (RESAMPLES, len(units)))
-        low, high = (float(q) for q in np.quantile(values[draw].mean(axis=1), [0.025, 0.975]))
+    low, high = paired_interval(values.tolist(), place) or (None, None)
     return Difference(place, dict(zip(units, values.tolist(), strict=True)), float(values.mean()), low, high)
 
 
@@ -222,7 +199,8 @@ def of_comparison(comparison: Comparison) -> Verdict:
     for place in PLACES:
         mine, joint = table[best].get(place), table["joint"].get(place)
         if mine and joint:
-            words[place] = _word(mine.loss - joint.loss, mine.loss_low - joint.loss, mine.loss_high - joint.loss)
+            low, high = ((None if end is None else end - joint.loss) for end in (mine.loss_low, mine.loss_high))
+            words[place] = _word(mine.loss - joint.loss, low, high)
     headline, tone = _weigh(words, "joint training")
     missing = [c for c in ("joint_matched", "joint_batch") if not any(arm.split(":")[0] == c for arm in table)]
     if missing:
