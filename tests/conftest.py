@@ -20,7 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
             "{% endgeneration %}{{ '\n' }}{% else %}{{ '<|' + m['role'] + '|>' + m['content'] + '\n' }}{% endif %}"
             "{% endfor %}")
-WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five", "cat", "dog", "bird", "fish", "up", "down", "left", "right", "first", "last", "yes", "no"]
+WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five", "cat", "dog", "bird", "fish", "up", "down",
+         "left", "right", "first", "last", "yes", "no"]
 TASKS: dict[str, Callable[[list[str]], list[str]]] = {
     "copy": lambda w: w, "reverse": lambda w: w[::-1], "first": lambda w: w[:1], "last": lambda w: w[-1:],
     "sorted": sorted, "double": lambda w: w + w}

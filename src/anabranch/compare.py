@@ -364,10 +364,10 @@ def _split_lines(table: Table, places: list[Place], labels: list[str], seeds: in
         for place in places:
             rows = [table[a, place] for a in arms]
             spread = max(r.loss for r in rows) - min(r.loss for r in rows)
-            noise = float(np.mean([max(r.loss_by_seed) - min(r.loss_by_seed) for r in rows])) if seeds > 1 else 0.0
             told = ", ".join(f"{r.arm} {r.loss:.3f}" for r in sorted(rows, key=lambda r: r.loss))
-            meaning = ("no more than seeds move one of them" if spread <= noise else "more than seeds move one of them"
-                       ) if seeds > 1 else "one seed: whether that is noise is not known"
-            lines.append(f"How {count} groups were split, {place.replace('_', '-')}: {told}; spread {spread:.3f} "
-                         f"against {noise:.3f} between seeds: {meaning}.")
+            noise = float(np.mean([max(r.loss_by_seed) - min(r.loss_by_seed) for r in rows]))
+            meaning = "one seed, so whether that is noise is not known" if seeds < 2 else (
+                f"{'no more' if spread <= noise else 'more'} than another seed moves one of them ({noise:.3f})")
+            lines.append(f"How {count} groups were split, {place.replace('_', '-')}: {told}; a spread of {spread:.3f}, "
+                         f"{meaning}.")
     return lines

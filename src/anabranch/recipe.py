@@ -6,6 +6,7 @@ Paths in a recipe are relative to the recipe's own folder.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -207,7 +208,7 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
         "evaluate": evaluate.model_copy(update={
             "transfer": [source(s) for s in evaluate.transfer],
             "retention": [source(s) for s in retention] if isinstance(retention, list) else retention}),
-        "output": folder / recipe.output.expanduser(),
+        "output": Path(os.path.normpath(folder / recipe.output.expanduser())),
     })
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from anabranch.errors import MixtureError
@@ -123,6 +123,14 @@ def test_a_prompt_that_ends_in_a_space(answer, targets, trim):
     tokenizer = make_tokenizer(MARKED.replace("{{ '<|assistant|>\n' }}", "{{ '<|assistant|>: ' }}"), trim=trim)
     row = encode(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}])
     assert [tokenizer.decode([i]) for i in row.input_ids[row.response == 1]] == targets
+
+
+def test_an_end_of_turn_token_that_swallows_the_newline_behind_it_is_a_target():
+    tokenizer = make_tokenizer(MARKED)
+    tokenizer.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)], special_tokens=True)
+    tokenizer.eos_token = "<|end|>"
+    row = encode(tokenizer, CHAT)
+    assert [tokenizer.decode(r.tolist()) for r in runs(row)] == ["blue<|end|>"] and row.response[-1] == 1
 
 
 CHAT = [{"role": "user", "content": "the sky"}, {"role": "assistant", "content": "blue"}]

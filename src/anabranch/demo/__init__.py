@@ -82,7 +82,7 @@ def make_demo(folder: Path, *, seed: int = 0, progress: Callable[[str, int, int]
         folder: made if missing.
         seed: of the rows, the base and the recipe.
         progress: called with (what is being made, done, all).
-        base_steps: training steps of the base; None: as many as make a good one in about a minute on 2 cores.
+        base_steps: training steps of the base; None: as many as make a good one in about a minute.
     Returns:
         The recipe's path.
     Raises:
