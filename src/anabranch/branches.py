@@ -25,7 +25,7 @@ import numpy as np
 
 from anabranch.artifacts import BranchManifest, Mixture, Plan, digest, file_digest, write_atomically
 from anabranch.errors import BranchFailed, CorruptedError, ProvenanceError, RecipeError
-from anabranch.model import keep_buffers, load_model, load_tokenizer, select_trainable
+from anabranch.model import check_vocabulary, keep_buffers, load_model, load_tokenizer, select_trainable
 from anabranch.recipe import Recipe, check_train_arguments
 from anabranch.rows import Rows, budget_indices, generator, load_unit
 
@@ -182,6 +182,7 @@ def _train(recipe: Recipe, plan: Plan, branch: int, mixture: Mixture, mixture_fo
     keep_buffers()
     samples = branch_samples(plan, branch, mixture, mixture_folder, recipe.seed)
     model = load_model(base, "float32", trust_remote_code=recipe.model.trust_remote_code)
+    check_vocabulary(max(int(rows.input_ids.max()) for _, rows, _ in samples), model)
     lora = _lora_config(recipe) if recipe.model.lora is not None else None
     if lora is None:
         select_trainable(model, recipe.model)

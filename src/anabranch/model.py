@@ -185,6 +185,15 @@ def _pad(rows: Rows, chosen: np.ndarray, where: torch.device) -> Batch:
                  torch.from_numpy(response).to(where))
 
 
+def check_vocabulary(highest: int, model: Any) -> None:
+    """Raises ModelError if a token has no embedding: some tokenizers have more entries than their model."""
+    entries = model.get_input_embeddings().num_embeddings
+    if highest >= entries:
+        raise ModelError(f"token {highest} has no embedding: the model has {entries} (0 .. {entries - 1}), its tokenizer "
+                         "more. A row holds a special token that this model was never given. Take such rows out, or "
+                         "resize the model's embeddings and save it.")
+
+
 def response_losses(model: Any, batch: Batch, *, select: bool) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Negative log-likelihood (nats) of every response token, and the greedy token at its place.
 
@@ -192,6 +201,7 @@ def response_losses(model: Any, batch: Batch, *, select: bool) -> tuple[Float[Te
         select: multiply by the output head only where the loss is taken (see `can_select`): with short responses
             that spares most of a forward pass for a model with a large vocabulary.
     """
+    check_vocabulary(int(batch.input_ids.max()), model)
     targets = batch.input_ids[:, 1:][batch.response[:, 1:]]
     if select:
         hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,

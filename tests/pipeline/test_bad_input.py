@@ -159,3 +159,17 @@ def test_dry_run_writes_nothing_and_counts_exactly(recipe_file):
 def test_dry_run_of_a_hub_model_says_what_it_cannot_know(recipe_file):
     done = CliRunner().invoke(cli.app, ["run", str(changed(recipe_file, model={"path": "Qwen/Qwen2.5-0.5B"})), "--dry-run"])
     assert done.exit_code == 0 and "from the Hub" in done.output
+
+
+def test_token_beyond_the_embeddings(recipe_file, tiny_base, tmp_path):
+    """Some tokenizers have entries that their model has no embedding for."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "larger-vocabulary"
+    shutil.copytree(tiny_base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|strange|>"]})
+    tokenizer.save_pretrained(folder)
+    path = recipe_file.parent / "data" / "copy.jsonl"
+    path.write_text(path.read_text().replace('"copy ', '"<|strange|> copy '))
+    assert "has no embedding" in refused("run", changed(recipe_file, model={"path": str(folder)}))
