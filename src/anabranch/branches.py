@@ -15,20 +15,27 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
+import threading
 import time
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from anabranch.artifacts import BranchManifest, Mixture, Plan, digest, file_digest, write_atomically
 from anabranch.errors import BranchFailed, CorruptedError, ProvenanceError, RecipeError
-from anabranch.model import check_vocabulary, keep_buffers, load_model, load_tokenizer, select_trainable
+from anabranch.model import check_saved_names, check_vocabulary, keep_buffers, load_model, load_tokenizer, select_trainable
 from anabranch.recipe import Recipe, check_train_arguments
 from anabranch.rows import Rows, budget_indices, generator, load_unit
 
+NEUTRAL = ("save_", "logging_", "dataloader_", "activation_checkpointing", "gradient_checkpointing", "project",
+           "run_name", "torch_empty_cache_steps", "skip_memory_metrics")
+POSITIVE = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
 MARKER = "complete.json"  # written into a checkpoint after everything else, so that a torn one is never resumed
 
 
@@ -47,15 +54,35 @@ def check_train_section(recipe: Recipe) -> None:
     from trl import SFTConfig
 
     check_train_arguments(recipe.train, {f.name for f in dataclasses.fields(SFTConfig) if f.init})
+    _check_train_values(recipe.train, typing.get_type_hints(SFTConfig))
     try:
         _trainer_config(recipe, Path("unused"), 0)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"recipe: train: the trainer refuses these values: {error}") from error
+    except Exception as error:  # whatever the trainer or a backend that it asks for raises, the values are the cause
+        raise RecipeError(f"recipe: train: the trainer refuses these values: {type(error).__name__}: {error}") from error
     if recipe.model.lora is not None:
         try:
             _lora_config(recipe)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"recipe: model.lora: peft.LoraConfig refuses these values: {error}") from error
+
+
+def _check_train_values(train: dict[str, Any], hints: dict[str, Any]) -> None:
+    """Types by the trainer's own annotations, and numbers that must be positive: it would fail on them hours later."""
+    problems = []
+    for key, value in train.items():
+        try:
+            TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=None)
+        except ValidationError as error:
+            problems.append(f"train.{key}: {error.errors()[0]['msg']} (got {value!r})")
+            continue
+        except PydanticSchemaGenerationError:  # an annotation of the trainer's that pydantic cannot check
+            continue
+        if isinstance(value, str) and hints[key] in (int, float):
+            problems.append(f"train.{key}: wanted a number, got the text {value!r}")
+        if key in POSITIVE and (value is None or value <= 0):
+            problems.append(f"train.{key}: wanted more than 0, got {value!r}")
+    if problems:
+        raise RecipeError.of("recipe:", problems)
 
 
 def _lora_config(recipe: Recipe) -> Any:
@@ -75,7 +102,7 @@ def _trainer_config(recipe: Recipe, out: Path, seed: int) -> Any:
     settings.setdefault("use_cpu", not torch.cuda.is_available())
     return SFTConfig(
         output_dir=str(out), seed=seed, data_seed=seed, max_length=None, packing=False, report_to="none",
-        disable_tqdm=True, include_num_input_tokens_seen="non_padding", enable_jit_checkpoint=True,
+        disable_tqdm=True, include_num_input_tokens_seen="non_padding",
         dataset_kwargs={"skip_prepare_dataset": True}, **settings)
 
 
@@ -119,13 +146,17 @@ def _dataset(samples: list[tuple[str, Rows, np.ndarray]], seed: int, branch: int
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
+def train_hash(recipe: Recipe) -> str:
+    """Hash of what shapes the weights: not of how often is saved or logged, nor of how memory is spent."""
+    settings = {k: v for k, v in train_settings(recipe).items() if not k.startswith(NEUTRAL)}
+    model = recipe.model
+    return digest(settings | {"trainable": model.trainable, "lora": model.lora, "dtype": model.dtype})
+
+
 def branch_inputs(recipe: Recipe, plan: Plan, branch: int, base_hash: str) -> dict[str, str]:
     """What a branch is made from. A manifest with other hashes is a stranger."""
     data = {u.unit: u.sha256 for u in plan.units if u.group in (branch, None)}
-    settings = {k: v for k, v in train_settings(recipe).items() if not k.startswith(("save_", "logging_"))}
-    settings |= {"trainable": recipe.model.trainable, "lora": recipe.model.lora,
-                 "dtype": recipe.model.dtype}
-    return {"base": base_hash, "plan": plan.hash, "data": digest(data), "train": digest(settings)}
+    return {"base": base_hash, "plan": plan.hash, "data": digest(data), "train": train_hash(recipe)}
 
 
 @contextmanager
@@ -182,6 +213,7 @@ def _train(recipe: Recipe, plan: Plan, branch: int, mixture: Mixture, mixture_fo
     keep_buffers()
     samples = branch_samples(plan, branch, mixture, mixture_folder, recipe.seed)
     model = load_model(base, "float32", trust_remote_code=recipe.model.trust_remote_code)
+    check_saved_names(model, base)
     check_vocabulary(max(int(rows.input_ids.max()) for _, rows, _ in samples), model)
     lora = _lora_config(recipe) if recipe.model.lora is not None else None
     if lora is None:
@@ -199,9 +231,11 @@ def _train(recipe: Recipe, plan: Plan, branch: int, mixture: Mixture, mixture_fo
     files = _save_weights(trainer, lora is not None, out / "model")
     losses = [(int(e["step"]), float(e["loss"])) for e in state.log_history if "loss" in e]
     lengths = [int(rows.lengths[chosen].sum()) for _, rows, chosen in samples]
+    passes = train_settings(recipe)["num_train_epochs"]
     manifest = BranchManifest(
         branch=branch, group_units=[name for name, _, _ in samples], steps=state.global_step,
-        samples_planned=sum(len(chosen) for _, _, chosen in samples), tokens_planned=sum(lengths),
+        samples_planned=round(passes * sum(len(chosen) for _, _, chosen in samples)),
+        tokens_planned=round(passes * sum(lengths)),
         tokens_seen=int(state.num_input_tokens_seen), final_loss=losses[-1][1] if losses else None, losses=losses,
         files=files, made_from=inputs,
         software={p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")})
@@ -230,6 +264,13 @@ def _watch(out: Path) -> Any:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
+        stop = False
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # The trainer's own way to save on SIGTERM leaves a checkpoint that nobody marks, in place of a marked one.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             progress = {"step": state.global_step, "steps": state.max_steps, "tokens": int(state.num_input_tokens_seen),
                         "loss": (logs or {}).get("loss")}
@@ -242,7 +283,7 @@ def _watch(out: Path) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             launcher = os.environ.get("ANABRANCH_LAUNCHER_PID")
-            if launcher and os.getppid() != int(launcher):
+            if self.stop or (launcher and os.getppid() != int(launcher)):
                 control.should_save = control.should_training_stop = True
 
     return Watch()

@@ -6,6 +6,8 @@ Anything else is a bug of ours and shows its traceback.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
@@ -43,10 +44,10 @@ def main() -> None:
         err.print("stopped; finished work is kept. The same command goes on from here.")
         sys.exit(130)
     except OSError as error:
-        if error.errno != 28:  # ENOSPC: the one system error that any stage can meet and the user must mend
-            raise
-        err.print(f"OutputError: no space left on the disk ({error.filename or 'while writing'}). Free some, then run the "
-                  "same command again: finished work is kept.", style="red", markup=False)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise  # the others are not the user's to mend
+        err.print(f"OutputError: {error.strerror}: {error.filename or 'while writing'}. Free space or mend the permissions, "
+                  "then run the same command again: finished work is kept.", style="red", markup=False)
         sys.exit(2)
 
 
@@ -78,14 +79,14 @@ def _progress() -> Callable[[str, str, int, int], None]:
 
 
 def _recipe(path: Path, overrides: list[str] | None) -> Any:
-    from anabranch.recipe import load_recipe
+    from anabranch.recipe import load_recipe, read_yaml
 
     changes = {}
     for text in overrides or []:
         key, equals, value = text.partition("=")
         if not equals:
             raise RecipeError(f"--set {text}: wanted section.key=value, as in --set split.groups=8.")
-        changes[key] = yaml.safe_load(value)
+        changes[key] = read_yaml(value)
     return load_recipe(path, changes)
 
 
@@ -158,6 +159,8 @@ def train_branch(
     model: Annotated[Path | None, typer.Option(help="where the base lies on this machine")] = None,
 ) -> None:
     """Train one branch, on any machine that sees the run folder; goes on from its newest checkpoint."""
+    # One process, one GPU: the trainer refuses to see several. The launcher gives each branch its own.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     from anabranch.run import reopen_run, train_one
 
     manifest = train_one(reopen_run(folder, model=model, tell=_tell, progress=_progress()), branch)

@@ -33,29 +33,33 @@ from anabranch.artifacts import (
     Comparison,
     Evaluation,
     MergeManifest,
+    Mixture,
     Plan,
     UnitScore,
     digest,
 )
-from anabranch.branches import check_train_section, train_branch, train_settings
+from anabranch.branches import train_branch, train_hash, train_settings
 from anabranch.engine.stream import merge_checkpoints
 from anabranch.errors import ProvenanceError, RecipeError, closest
 from anabranch.evaluate import evaluation_inputs
 from anabranch.launch.local import Job, run_jobs
-from anabranch.plan import load_plan
 from anabranch.recipe import Recipe
 from anabranch.run import (
     Run,
+    check_ahead,
+    check_groups,
     conflict_stage,
     evaluate_folder,
     gradient_stage,
     merge_branches,
     mixture_stage,
+    record_recipe,
     split_groups,
 )
 from anabranch.scores import PLACES, TIE, Place, macro_loss, mean_answer, paired_interval, token_loss, wilcoxon_better
 
 SPLITS = ("random", "stratified", "kmeans", "conflict_greedy", "soup")
+PARTITIONED = ("merit", "random", "stratified", "kmeans", "conflict_greedy")
 NAMES = ("base", "joint", "joint_matched", "joint_batch", "merit", *SPLITS)
 DEFAULT = ("base,joint,joint_matched,joint_batch:4,soup:2,random:4,stratified:4,kmeans:4,merit:1,merit:2,merit:3")
 
@@ -96,11 +100,13 @@ def parse_arms(text: str) -> list[Arm]:
             problems.append(f"`{label}`: wants a number, as in {name}:{2 if name in ('merit', 'soup') else 4}.")
         else:
             arms.append(Arm(label, name, 2 ** int(rest) if name == "merit" else int(rest)))
-    repeated = sorted({x for x in labels if labels.count(x) > 1})
-    problems += [f"`{label}` stands twice." for label in repeated]
     if problems:
         raise RecipeError.of("--methods:", problems)
-    return _with_references(arms)
+    arms = _with_references(arms)
+    labels = [a.label for a in arms]
+    if repeated := sorted({x for x in labels if labels.count(x) > 1}):
+        raise RecipeError.of("--methods:", [f"`{label}` stands twice." for label in repeated])
+    return arms
 
 
 def _with_references(arms: list[Arm]) -> list[Arm]:
@@ -129,19 +135,24 @@ def run_comparison(run: Run, arms: list[Arm], seeds: Sequence[int]) -> Compariso
     Raises:
         BranchFailed: naming the arms that failed; the others are kept.
     """
-    check_train_section(run.recipe)
-    mixture_stage(run)
+    check_ahead(run.recipe)
+    mixture = mixture_stage(run)
+    check_groups(len(mixture.units), {a.label: a.number for a in arms if a.method in PARTITIONED})
     if any(a.method in ("merit", "stratified", "kmeans", "conflict_greedy") for a in arms):
         gradient_stage(run)
         conflict_stage(run)
     first = [(a, s) for a in arms if a.method != "joint_matched" for s in (seeds[:1] if a.method == "base" else seeds)]
     second = [(a, s) for a in arms if a.method == "joint_matched" for s in seeds]
+    for arm, seed in first + second:
+        _is_done(run, arm, seed)  # refuses work made from something else before anything new is paid for
+    record_recipe(run)
     for done, wave in ((0, first), (len(first), second)):
         _run_wave(run, wave, done, len(first) + len(second))
     runs = [ArmRun.load(arm_folder(run, a, s) / "arm.json") for a, s in first + second]
     summary = summarise(run, arms, runs)
     comparison = Comparison(seeds=list(seeds), runs=runs, summary=summary, verdict=verdict(summary, runs, seeds),
-                            made_from={"arms": digest([r.hash for r in runs])})
+                            made_from={"mixture": digest({u.name: u.sha256 for u in mixture.units}),
+                                       "base": run.base_hash, "arms": digest([r.hash for r in runs])})
     comparison.save(run.folder / "compare.json")
     return comparison
 
@@ -176,11 +187,24 @@ def arm_inputs(run: Run, arm: Arm, seed: int) -> dict[str, str]:
     """What an arm's figures depend on."""
     mixture = run.mixture
     data = {u.name: [u.sha256, u.samples, u.tokens] for u in mixture.units}
-    settings = {k: v for k, v in train_settings(run.recipe).items() if not k.startswith(("save_", "logging_"))}
-    settings |= {"lora": run.recipe.model.lora, "trainable": run.recipe.model.trainable, "dtype": run.recipe.model.dtype}
-    return {"base": run.base_hash, "mixture": digest(data), "train": digest(settings),
+    return {"base": run.base_hash, "mixture": digest(data), "train": train_hash(run.recipe),
+            "plan": _plan_hash(run, mixture, arm, seed),
             "merge": digest(run.recipe.merge.model_dump(mode="json")), "arm": digest([arm.label, seed]),
             "evaluation": digest(evaluation_inputs(run.recipe, mixture, "any"))}
+
+
+def _arm_plan(run: Run, mixture: Mixture, arm: Arm, seed: int) -> Plan:
+    """The plan that an arm would get now."""
+    method, count = ("joint", 1) if arm.method == "joint_batch" else (arm.method, arm.number)
+    return split_groups(run, mixture, method, count, seed)
+
+
+def _plan_hash(run: Run, mixture: Mixture, arm: Arm, seed: int) -> str:
+    if arm.method == "base":
+        return "none"
+    if arm.method == "joint_matched":
+        return _arm_plan(run, mixture, parse_arms(arm.reference)[0], seed).hash
+    return _arm_plan(run, mixture, arm, seed).hash
 
 
 def run_arm(run: Run, arm: Arm, seed: int) -> ArmRun:
@@ -212,10 +236,11 @@ def run_arm(run: Run, arm: Arm, seed: int) -> ArmRun:
 def _train_arm(run: Run, arm: Arm, seed: int, folder: Path) -> tuple[MergeManifest, list[BranchManifest]]:
     """Plan, branches and merge of an arm; what is already merged is not made again."""
     mixture, path = run.mixture, folder / "plan.json"
-    method, count = ("joint", 1) if arm.method == "joint_batch" else (arm.method, arm.number)
-    if not path.exists():
-        split_groups(run, mixture, method, count, seed).save(path)
-    plan, _ = load_plan(path, mixture)
+    plan = _arm_plan(run, mixture, arm, seed)
+    if path.exists() and Plan.load(path) != plan and list(folder.glob("branches/*/branch.json")):
+        raise ProvenanceError(f"{folder}: this arm was begun with another partition or other budgets than the recipe now "
+                              f"asks for. Delete {folder}, or take the change back.")
+    plan.save(path)
     paths = [folder / "branches" / str(g.group) for g in plan.groups]
     merged = folder / "merged" / "anabranch-merge.json"
     if merged.exists() and not (paths[0] / "model").exists():  # only the evaluation changed
@@ -355,7 +380,7 @@ def _split_lines(table: Table, places: list[Place], labels: list[str], seeds: in
     by_count: dict[int, list[str]] = {}
     for label in labels:
         name, _, number = label.partition(":")
-        if name in ("merit", "random", "stratified", "kmeans", "conflict_greedy"):
+        if name in PARTITIONED:
             by_count.setdefault(2 ** int(number) if name == "merit" else int(number), []).append(label)
     lines = []
     for count, arms in sorted(by_count.items()):

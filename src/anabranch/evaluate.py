@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 
 def evaluation_inputs(recipe: Recipe, mixture: Mixture, weights_hash: str) -> dict[str, str]:
     """What an evaluation depends on."""
-    units = {u.name: u.sha256 for place in (mixture.units, mixture.transfer, mixture.retention) for u in place}
+    units = [[u.name, u.sha256] for place in (mixture.units, mixture.transfer, mixture.retention) for u in place]
     section = recipe.evaluate
     settings = {"max_samples": section.max_samples, "short": section.short_answer_tokens,
                 "generate": section.generate_samples, "seed": recipe.seed, "dtype": recipe.model.dtype}
@@ -96,6 +96,7 @@ def _answer(model: Any, tokenizer: Any, rows: Rows, chosen: np.ndarray,
             answers: EvaluateSection) -> list[tuple[float, float]]:
     """(exact match, F1) of greedy answers to rows whose one response is short."""
     prompts, references = [], []
+    ends = _ends(model)
     for i in chosen:
         ids, mask = rows.row(int(i))
         where = np.flatnonzero(mask)
@@ -103,6 +104,7 @@ def _answer(model: Any, tokenizer: Any, rows: Rows, chosen: np.ndarray,
         if one_span and len(where) <= answers.short_answer_tokens and where[0] > 0:
             prompts.append([int(t) for t in ids[: where[0]]])
             references.append(tokenizer.decode(ids[where].tolist(), skip_special_tokens=True))
+            ends.add(int(ids[where[-1]]))  # a base often stops at another token than its chat template's turns
         if len(prompts) == answers.generate_samples:
             break
     if not prompts:
@@ -113,16 +115,28 @@ def _answer(model: Any, tokenizer: Any, rows: Rows, chosen: np.ndarray,
     input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=where_to)
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=where_to)
     written = model.generate(input_ids=input_ids, attention_mask=attention, do_sample=False, num_beams=1, pad_token_id=pad,
+                             eos_token_id=sorted(ends),
                              max_new_tokens=answers.short_answer_tokens + 4, temperature=None, top_p=None, top_k=None)
-    texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
+    texts = [tokenizer.decode(_until(row, ends), skip_special_tokens=True) for row in written[:, width:].tolist()]
     return [(float(normalise(t) == normalise(r)), token_f1(t, r)) for t, r in zip(texts, references, strict=True)]
 
 
+def _ends(model: Any) -> set[int]:
+    """Tokens at which generation stops by the model's own configuration."""
+    found = model.generation_config.eos_token_id
+    return set(found if isinstance(found, list) else [] if found is None else [found])
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    """Up to the first end, without it."""
+    return tokens[: next((i for i, t in enumerate(tokens) if t in ends), len(tokens))]
+
+
 def normalise(text: str) -> list[str]:
-    """Words of an answer, lower case, without punctuation and articles. Text of punctuation alone is kept as it is."""
+    """Words of an answer, lower case, without punctuation and articles. An answer that is an article (option A) or
+    punctuation alone is kept."""
     plain = "".join(c for c in text.lower() if c not in string.punctuation)
-    words = re.sub(r"\b(a|an|the)\b", " ", plain).split()
-    return words or text.lower().split()
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split() or plain.split() or text.lower().split()
 
 
 def token_f1(answer: str, reference: str) -> float:

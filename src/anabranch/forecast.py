@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from anabranch.artifacts import Mixture
-from anabranch.branches import check_train_section, train_settings
+from anabranch.branches import train_settings
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.errors import AnabranchError, RecipeError
 from anabranch.mixture import build_mixture
 from anabranch.model import load_tokenizer, resolve_model
-from anabranch.recipe import Recipe
+from anabranch.recipe import Recipe, Source
+from anabranch.run import check_ahead, check_groups
 
 Progress = Callable[[str, str, int, int], None]
 
@@ -26,7 +27,7 @@ def forecast(recipe: Recipe, *, progress: Progress = lambda *_: None) -> list[st
         RecipeError: every problem found, in one message.
     """
     problems: list[str] = []
-    for check in (check_train_section, _check_sources):
+    for check in (check_ahead, _check_sources):
         try:
             check(recipe)
         except AnabranchError as error:
@@ -51,9 +52,14 @@ def forecast(recipe: Recipe, *, progress: Progress = lambda *_: None) -> list[st
     return lines + _mixture_lines(recipe, mixture) + _stage_lines(recipe, mixture, entries)
 
 
-def _check_sources(recipe: Recipe) -> None:
+def _sources(recipe: Recipe) -> list[Source]:
+    """Of all three places."""
     retention = recipe.evaluate.retention if isinstance(recipe.evaluate.retention, list) else []
-    missing = [s.path for s in (*recipe.mixture.sources, *recipe.evaluate.transfer, *retention)
+    return [*recipe.mixture.sources, *recipe.evaluate.transfer, *retention]
+
+
+def _check_sources(recipe: Recipe) -> None:
+    missing = [s.path for s in _sources(recipe)
                if Path(s.path).is_absolute() and not (glob.glob(s.path) or Path(s.path).exists())]
     if missing:
         raise RecipeError("no such data: " + ", ".join(missing))
@@ -61,7 +67,7 @@ def _check_sources(recipe: Recipe) -> None:
 
 def _dry_mixture(recipe: Recipe, base: Path, progress: Progress) -> Mixture | None:
     """The real mixture stage, into a folder that is thrown away; not for data that would be downloaded."""
-    if not all(Path(s.path).is_absolute() for s in recipe.mixture.sources):
+    if not all(Path(s.path).is_absolute() for s in _sources(recipe)):
         return None
     tokenizer = load_tokenizer(base, trust_remote_code=recipe.model.trust_remote_code)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,14 +99,15 @@ def _stage_lines(recipe: Recipe, mixture: Mixture | None, entries: int) -> list[
     if mixture is not None:
         samples = sum(u.samples for u in mixture.units) * settings["num_train_epochs"]
         steps = f", about {math.ceil(samples / count / batch):,} steps each"
-        if count > len(mixture.units) and split.method != "soup":
-            raise RecipeError(f"dry run: split.groups is {count}, the mixture has {len(mixture.units)} units; every group "
-                              "needs one.")
+        if split.method != "soup":
+            check_groups(len(mixture.units), {f"split.groups ({split.method})": count})
     lines.append(f"train      {count} branches, {recipe.launch.max_parallel} at a time, {batch} rows a step{steps}; "
                  f"learning rate {settings['learning_rate']}")
     if entries:
         size = entries * 4 / 1e9
-        work = f"; {6 * entries * mixture.tokens:.1e} operations" if mixture else ""
-        lines.append(f"disk       {size * count:.2f} GB of branches (float32), {size * 3:.2f} GB for each running branch's "
-                     f"checkpoint, {size:.2f} GB or less for the result{work}")
+        work = f"; {6 * entries * mixture.tokens * settings['num_train_epochs']:.1e} operations" if mixture else ""
+        checkpoints = "" if recipe.model.lora else (f"up to {size * 6:.2f} GB while a running branch replaces its "
+                                                    "checkpoint, ")
+        lines.append(f"disk       {size * count:.2f} GB of branches (float32), {checkpoints}{size:.2f} GB or less for the "
+                     f"result{work}")
     return [*lines, f"output     {recipe.output}", "Nothing was written. Without --dry-run the same command starts."]

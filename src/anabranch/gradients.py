@@ -35,8 +35,8 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 from anabranch.artifacts import GradientRecord, Gradients, Mixture, Unit, canonical, digest, write_atomically
-from anabranch.errors import CorruptedError, MixtureError, ModelError
-from anabranch.model import batches, can_select, load_model, response_losses, select_trainable
+from anabranch.errors import CorruptedError, ModelError
+from anabranch.model import batches, can_select, check_saved_names, load_model, response_losses, select_trainable
 from anabranch.recipe import GradientSection, Recipe
 from anabranch.rows import Rows, generator, load_unit
 
@@ -126,13 +126,14 @@ def calibration_halves(rows: Rows, unit: str, samples: int, seed: int) -> tuple[
 
 
 def half_gradient(model: Any, rows: Rows, indices: np.ndarray, parameters: dict[str, nn.Parameter], sketch: Sketch,
-                  batch_tokens: int, *, select: bool) -> tuple[Float[np.ndarray, " m"], int]:
+                  batch_tokens: int, *, select: bool, autocast: bool = False) -> tuple[Float[np.ndarray, " m"], int]:
     """Sketch of the token-mean response gradient over some rows, and the number of response tokens."""
     sketch.total.zero_()
     tokens = 0
     with sketching(parameters, sketch):
         for batch in batches(rows, indices, batch_tokens, sketch.total.device):
-            losses, _ = response_losses(model, batch, select=select)
+            with torch.autocast(sketch.total.device.type, torch.bfloat16, enabled=autocast):
+                losses, _ = response_losses(model, batch, select=select)
             losses.sum().backward()
             tokens += losses.numel()
     return (sketch.total / max(tokens, 1)).cpu().numpy(), tokens
@@ -164,12 +165,12 @@ def measure_gradients(recipe: Recipe, mixture: Mixture, mixture_folder: Path, ba
     todo = [u for u in mine if not _is_there(out, u, keys[u.name])]
     if todo:
         _sketch_units(recipe, todo, keys, mixture_folder, base, out, done=len(mine) - len(todo), progress=progress)
-    missing = [u for u in mixture.units if not _file(out, u.name).exists()]
+    missing = [u for u in mixture.units if not _is_there(out, u, keys[u.name])]
     if missing:
         return None
     records, parameters, size = [], 0, 0
     for unit in mixture.units:
-        record, parameters, size = _record(out, unit, keys[unit.name])
+        record, parameters, size = _record(out, unit)
         records.append(record)
     artifact = Gradients(
         sketch=recipe.gradients.sketch, size=size, parameters=parameters, seed=recipe.seed,
@@ -183,7 +184,9 @@ def measure_gradients(recipe: Recipe, mixture: Mixture, mixture_folder: Path, ba
 def _sketch_units(recipe: Recipe, units: list[Unit], keys: dict[str, str], mixture_folder: Path, base: Path,
                   out: Path, *, done: int, progress: Progress | None) -> None:
     section = recipe.gradients
-    model = load_model(base, recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
+    # float32 weights under bf16 autocast, as the branches train: bf16 gradients would be rounded before they are summed
+    model = load_model(base, "float32", trust_remote_code=recipe.model.trust_remote_code)
+    check_saved_names(model, base)
     parameters = select_trainable(model, recipe.model)
     sketch, select = Sketch(parameters, section, recipe.seed), can_select(model)
     entries = sum(p.numel() for p in parameters.values())
@@ -194,7 +197,8 @@ def _sketch_units(recipe: Recipe, units: list[Unit], keys: dict[str, str], mixtu
         rows = load_unit(mixture_folder / unit.file, "train")
         halves = calibration_halves(rows, unit.name, section.calibration_samples, recipe.seed)
         (a, tokens_a), (b, tokens_b) = (
-            half_gradient(model, rows, half, parameters, sketch, section.batch_tokens, select=select)
+            half_gradient(model, rows, half, parameters, sketch, section.batch_tokens, select=select,
+                          autocast=recipe.model.dtype == "bfloat16")
             for half in halves)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise ModelError(f"unit {unit.name!r}: its gradient at the base is not finite. The base's weights may hold "
@@ -223,7 +227,7 @@ def _is_there(out: Path, unit: Unit, key: str) -> bool:
         return False
 
 
-def _record(out: Path, unit: Unit, key: str) -> tuple[GradientRecord, int, int]:
+def _record(out: Path, unit: Unit) -> tuple[GradientRecord, int, int]:
     path = _file(out, unit.name)
     try:
         with safe_open(path, "np") as file:
@@ -231,9 +235,6 @@ def _record(out: Path, unit: Unit, key: str) -> tuple[GradientRecord, int, int]:
     except Exception as error:
         raise CorruptedError(f"{path}: unreadable gradient sketch of unit {unit.name!r} ({error}). Delete it and run "
                              "the same command again.") from error
-    if about["key"] != key:
-        raise MixtureError(f"{path}: the sketch of unit {unit.name!r} was made with other settings or data. Run every "
-                           "shard of `anabranch gradients` with the same recipe.")
     data = path.read_bytes()
     record = GradientRecord(unit=unit.name, file=f"units/{path.name}", sha256=hashlib.sha256(data).hexdigest(),
                             examples=about["examples"], tokens_a=about["tokens_a"], tokens_b=about["tokens_b"])

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import fnmatch
+import gc
+import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from anabranch.errors import ModelError
 from anabranch.recipe import Model as ModelSection
 from anabranch.rows import Rows
 
+LOGITS_AT_ONCE = 2**28  # numbers; 1 GB in float32
 # What a model folder may bring: weights as safetensors, the rest as text. Never pickles.
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
@@ -124,8 +130,9 @@ def select_trainable(model: Any, section: ModelSection) -> dict[str, nn.Paramete
     names = [name for name, _ in model.named_parameters()]
     if section.lora is not None and section.trainable == ["*"]:
         head = model.get_output_embeddings()
+        targets = section.lora.get("target_modules", "all-linear")
         wanted = {f"{name}.weight" for name, module in model.named_modules()
-                  if isinstance(module, nn.Linear) and module is not head}
+                  if isinstance(module, nn.Linear) and module is not head and _is_target(name, targets)}
     else:
         wanted = {n for n in names if any(fnmatch.fnmatchcase(n, p) for p in section.trainable)}
         idle = [p for p in section.trainable if not any(fnmatch.fnmatchcase(n, p) for n in names)]
@@ -138,6 +145,49 @@ def select_trainable(model: Any, section: ModelSection) -> dict[str, nn.Paramete
         if name in wanted:
             chosen[name] = parameter
     return chosen
+
+
+def _is_target(name: str, targets: str | list[str]) -> bool:
+    """Whether peft would put an adapter on a linear layer: all of them, by a pattern, or by the end of the name."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(name == t or name.endswith("." + t) for t in targets)
+
+
+def check_saved_names(model: Any, folder: Path) -> None:
+    """Branches are saved by transformers; their tensors must have the names that the base's files have.
+
+    Raises:
+        ModelError: they would not (old checkpoints without a prefix, or with buffers that are no longer saved); told
+            before anything is trained, because a merge of such branches would be refused.
+    """
+    with_names = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            with_names |= set(file.keys())
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    loaded = set(model.state_dict())
+    if with_names - tied == loaded - tied:
+        return
+    with tempfile.TemporaryDirectory() as scratch:  # transformers renames some on saving: only saving tells
+        model.save_pretrained(scratch)
+        saved = set()
+        for path in Path(scratch).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                saved |= set(file.keys())
+    if saved - tied != with_names - tied:
+        strange = sorted((saved ^ with_names) - tied)
+        raise ModelError(f"model folder {folder}: its tensors are named otherwise than transformers saves them "
+                         f"({', '.join(strange[:4])}{', ..' if len(strange) > 4 else ''}), so no trained branch could be "
+                         "merged with it. Write it anew once, and give that folder: AutoModelForCausalLM.from_pretrained("
+                         "OLD).save_pretrained(NEW), and the tokenizer likewise.")
+
+
+def release_memory() -> None:
+    """Give an accelerator's cached memory back: branches train in processes of their own on the same device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -206,11 +256,26 @@ def response_losses(model: Any, batch: Batch, *, select: bool) -> tuple[Float[Te
     if select:
         hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
                                   use_cache=False).last_hidden_state
-        logits = model.get_output_embeddings()(hidden[:, :-1][batch.response[:, 1:]])
+        return _head_losses(model.get_output_embeddings(), hidden[:, :-1][batch.response[:, 1:]], targets)
     else:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits = logits[:, :-1][batch.response[:, 1:]]
     logits = logits.float()
+    return nn.functional.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1)
+
+
+def _head_losses(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and greedy tokens, a piece at a time: logits of a whole batch can be larger than the model."""
+    piece = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    if len(targets) <= piece:
+        return _piece_losses(head, hidden, targets)
+    parts = [checkpoint(_piece_losses, head, h, t, use_reentrant=False)
+             for h, t in zip(hidden.split(piece), targets.split(piece), strict=True)]
+    return torch.cat([losses for losses, _ in parts]), torch.cat([greedy for _, greedy in parts])
+
+
+def _piece_losses(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = head(hidden).float()
     return nn.functional.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1)
 
 

@@ -54,6 +54,10 @@ def load_plan(path: Path, mixture: Mixture) -> tuple[Plan, bool]:
     plan = Plan.load(path)
     here, there = {u.name for u in mixture.units}, [u.unit for u in plan.units]
     problems = [f"unit {name!r} stands twice" for name in sorted({n for n in there if there.count(n) > 1})]
+    sizes = {u.name: (u.samples, u.tokens, u.sha256) for u in mixture.units}
+    problems += [f"unit {u.unit!r}: the plan has {u.samples:,} samples and {u.tokens:,} tokens, the mixture "
+                 f"{sizes[u.unit][0]:,} and {sizes[u.unit][1]:,}{'' if sizes[u.unit][2] == u.sha256 else ', of other rows'}"
+                 for u in plan.units if u.unit in sizes and sizes[u.unit] != (u.samples, u.tokens, u.sha256)]
     problems += [f"unit {name!r} is not in the mixture" for name in sorted(set(there) - here)]
     problems += [f"unit {name!r} of the mixture is in no group" for name in sorted(here - set(there))]
     if problems:

@@ -7,6 +7,7 @@ Paths in a recipe are relative to the recipe's own folder.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,14 @@ PARTITIONS = ("merit", "random", "stratified", "conflict_greedy", "kmeans", "joi
 # What the trainer is told by the pipeline, so that branches agree; a recipe may not set them.
 OWNED_BY_PIPELINE = ("output_dir", "seed", "data_seed", "max_steps", "max_length", "report_to", "do_train", "do_eval",
                      "resume_from_checkpoint", "packing", "dataset_text_field", "assistant_only_loss",
-                     "completion_only_loss", "remove_unused_columns", "save_only_model", "push_to_hub")
+                     "completion_only_loss", "eval_strategy", "enable_jit_checkpoint",
+                     "include_num_input_tokens_seen", "dataset_kwargs",
+                     "remove_unused_columns", "save_only_model", "push_to_hub")
+
+
+def read_yaml(text: str) -> Any:
+    """A YAML value as recipes read it: safe types only, no key twice, 2e-5 a number. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader underneath
 
 
 class Section(BaseModel):
@@ -37,6 +45,14 @@ class Model(Section):
     trainable: list[str] = Field(["*"], min_length=1, description="patterns over parameter names; the rest is frozen")
     lora: dict[str, Any] | None = Field(None, description="peft.LoraConfig arguments; null trains the weights themselves")
     trust_remote_code: bool = False
+
+
+    @model_validator(mode="after")
+    def _one_subset(self) -> Model:
+        if self.lora is not None and self.trainable != ["*"]:
+            raise ValueError("`trainable` says which weights train, `lora` says which get adapters (its "
+                             "`target_modules`): give one of them")
+        return self
 
 
 class Source(Section):
@@ -146,6 +162,9 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False
     return seen
 
 
+# YAML 1.1 takes 2e-5 for text, as it has no point; people mean the number
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789"))
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
@@ -159,7 +178,7 @@ def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
         RecipeError: every problem found, in one message.
     """
     try:
-        value = yaml.load(path.read_text(), Loader=_UniqueKeys)  # a SafeLoader underneath
+        value = read_yaml(path.read_text())
     except OSError as error:
         raise RecipeError(f"recipe {path}: cannot be read ({error.strerror}). "
                           "`anabranch init recipe.yaml` writes one to start from.") from error

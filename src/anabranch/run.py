@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from anabranch import conflict as conflict_maths
 from anabranch.artifacts import (
@@ -45,13 +45,15 @@ from anabranch.artifacts import (
 )
 from anabranch.branches import branch_inputs, check_branch, check_train_section, train_branch
 from anabranch.engine.checkpoint import checkpoint_hash
+from anabranch.engine.plan import parse_size
 from anabranch.engine.stream import merge_checkpoints
-from anabranch.errors import CorruptedError, ProvenanceError, RecipeError
+from anabranch.errors import CorruptedError, PlanError, ProvenanceError, RecipeError
 from anabranch.evaluate import evaluate_model, evaluation_inputs
 from anabranch.gradients import load_halves, measure_gradients
 from anabranch.launch.local import Job, run_jobs
+from anabranch.merge import method_named
 from anabranch.mixture import build_mixture
-from anabranch.model import keep_buffers, load_tokenizer, resolve_model
+from anabranch.model import keep_buffers, load_tokenizer, release_memory, resolve_model
 from anabranch.partition import partition
 from anabranch.plan import load_plan, make_plan, plan_inputs
 from anabranch.recipe import Recipe
@@ -87,12 +89,19 @@ class Run:
 
 
 def open_run(recipe: Recipe, *, tell: Tell = print, progress: Progress = lambda *_: None) -> Run:
-    """Resolve the base and write recipe.json. Raises ModelError, OutputError."""
+    """Resolve the base; a new folder gets its recipe.json. Raises ModelError, OutputError."""
     base = resolve_model(recipe.model)
     run = Run(recipe, recipe.output, base, checkpoint_hash(base), tell, progress)
-    content = {"recipe": recipe.model_dump(mode="json"), "base": str(base), "base_hash": run.base_hash}
-    write_atomically(run.folder / "recipe.json", (json.dumps(content, indent=1) + "\n").encode())
+    if not (run.folder / "recipe.json").exists():
+        record_recipe(run)
     return run
+
+
+def record_recipe(run: Run) -> None:
+    """What workers go by. Written again only once the recipe has been found to fit what is there: a refused one must
+    not reach a branch that starts later."""
+    content = {"recipe": run.recipe.model_dump(mode="json"), "base": str(run.base), "base_hash": run.base_hash}
+    write_atomically(run.folder / "recipe.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 def reopen_run(folder: Path, *, model: Path | None = None, tell: Tell = print,
@@ -106,7 +115,7 @@ def reopen_run(folder: Path, *, model: Path | None = None, tell: Tell = print,
     path = folder / "recipe.json"
     try:
         content = json.loads(path.read_text())
-        recipe = Recipe.model_validate(content["recipe"])
+        recipe, wanted = Recipe.model_validate(content["recipe"]), str(content["base_hash"])
     except (OSError, ValueError, KeyError) as error:
         raise CorruptedError(f"{folder}: not a run folder ({path.name} is missing or unreadable). Give the folder that "
                              "`anabranch run` made: the recipe's `output`.") from error
@@ -115,9 +124,9 @@ def reopen_run(folder: Path, *, model: Path | None = None, tell: Tell = print,
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(model)})})
     base = resolve_model(recipe.model)
     found = checkpoint_hash(base)
-    if found != content["base_hash"]:
+    if found != wanted:
         raise ProvenanceError(f"{base}: another base than this run's (its hash is {found[:12]}, the run's "
-                              f"{content['base_hash'][:12]}). Give the run's own base with --model.")
+                              f"{wanted[:12]}). Give the run's own base with --model.")
     return Run(recipe, folder.resolve(), base, found, tell, progress)
 
 
@@ -128,17 +137,31 @@ def run_stages(run: Run, *, start: str | None = None, until: str = "report") -> 
         start: make this stage and all after it anew.
     """
     last = STAGES.index(until)
-    if start is not None:
-        if STAGES.index(start) > last:
-            raise RecipeError(f"--from {start} comes after --until {until}; stages run in the order {', '.join(STAGES)}.")
-        forget(run, start)
+    if start is not None and STAGES.index(start) > last:
+        raise RecipeError(f"--from {start} comes after --until {until}; stages run in the order {', '.join(STAGES)}.")
     if last >= STAGES.index("train"):
-        check_train_section(run.recipe)  # a misspelt argument is told now, not after the gradients
+        check_ahead(run.recipe)
+    if start is not None:
+        forget(run, start)
     stages: dict[str, Callable[[Run], object]] = {
-        "mixture": mixture_stage, "gradients": gradient_stage, "conflict": conflict_stage, "split": split_stage,
+        "mixture": _mixture_for_split, "gradients": gradient_stage, "conflict": conflict_stage, "split": split_stage,
               "train": train_stage, "merge": merge_stage, "evaluate": evaluate_stage, "report": report_stage}
     for name in STAGES[: last + 1]:
         stages[name](run)
+
+
+def check_ahead(recipe: Recipe) -> None:
+    """What later stages would refuse, told before hours of work. Raises RecipeError, PlanError."""
+    check_train_section(recipe)
+    method_named(recipe.merge.method)
+    parse_size(recipe.merge.max_shard_size)
+
+
+def check_groups(units: int, arms: dict[str, int]) -> None:
+    """Every group needs a unit. `arms`: name -> K. Raises PlanError."""
+    if too_many := [f"{name} wants {count} groups" for name, count in arms.items() if count > units]:
+        raise PlanError(f"{', '.join(too_many)}, and the mixture has {units} units: every group needs one. Lower "
+                        "`split.groups` (or the arm's number), or cut the sources into more units (`unit_column`).")
 
 
 def forget(run: Run, start: str) -> None:
@@ -165,11 +188,20 @@ def mixture_stage(run: Run) -> Mixture:
     return mixture
 
 
+def _mixture_for_split(run: Run) -> Mixture:
+    """The mixture, once it is known to hold as many units as the recipe wants groups."""
+    mixture, split = mixture_stage(run), run.recipe.split
+    if split.method not in ("joint", "soup"):
+        check_groups(len(mixture.units), {f"split.groups ({split.method})": split.groups})
+    return mixture
+
+
 def gradient_stage(run: Run, shard: tuple[int, int] = (0, 1)) -> Gradients | None:
     keep_buffers()
     gradients = measure_gradients(run.recipe, run.mixture, run.folder / "mixture", run.base, run.base_hash,
                                   run.folder / "gradients", shard=shard,
                                   progress=lambda *a: run.progress("gradients", *a))
+    release_memory()
     if gradients is not None:
         stored = sum((run.folder / "gradients" / r.file).stat().st_size for r in gradients.units)
         run.tell(f"gradients: {len(gradients.units)} units of {gradients.parameters:,} entries, kept as "
@@ -196,13 +228,11 @@ def conflict_stage(run: Run) -> Conflict:
     del halves
     run.progress("conflict", "axes", 1, 2)
     result = conflict_maths.analyse(products, matrix)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".conflict.safetensors.partial"
     names = json.dumps({"units": list(products.units), "hashes": list(products.hashes)})
-    save_file({"cosine": result.cosine, "corrected": result.corrected, "scores": np.ascontiguousarray(result.scores),
+    tensors = {"cosine": result.cosine, "corrected": result.corrected, "scores": np.ascontiguousarray(result.scores),
                "gram": products.gram, "tokens": products.tokens, "half_products": products.half_products,
-               "norms_a": products.norms_a, "norms_b": products.norms_b}, partial, {"products": names})
-    partial.replace(folder / "conflict.safetensors")
+               "norms_a": products.norms_a, "norms_b": products.norms_b}
+    write_atomically(folder / "conflict.safetensors", save(tensors, {"products": names}))
     told = {f: getattr(result, f) for f in Conflict.model_fields if hasattr(result, f)}
     artifact = Conflict(**told | {"units": list(result.units)}, made_from=made_from,
                         tensors_sha256=file_digest(folder / "conflict.safetensors"))
@@ -260,20 +290,32 @@ def split_groups(run: Run, mixture: Mixture, method: str, count: int, seed: int)
     return make_plan(method, named, count, mixture, seed, inputs)
 
 
-def split_stage(run: Run) -> Plan:
-    mixture, path, split = run.mixture, run.folder / "plan.json", run.recipe.split
-    count = 1 if split.method == "joint" else split.groups
-    wanted = split_groups(run, mixture, split.method, count, run.recipe.seed)
-    if not path.exists():
-        wanted.save(path)
-        run.tell(plan_line(wanted))
-        return wanted
-    plan, edited = load_plan(path, mixture)
+def wanted_plan(run: Run, mixture: Mixture) -> Plan:
+    """The plan that the recipe asks for."""
+    split = run.recipe.split
+    return split_groups(run, mixture, split.method, 1 if split.method == "joint" else split.groups, run.recipe.seed)
+
+
+def refuse_other_plan(path: Path, plan: Plan, wanted: Plan) -> None:
+    """Raises ProvenanceError if a plan was made from other things than the recipe now asks for."""
     changed = [k for k, v in wanted.made_from.items() if plan.made_from.get(k) != v]
     if changed:
         raise ProvenanceError(
             f"{path}: made from another {', '.join(changed)} than the recipe now asks for. `--from split` plans anew "
             "(and trains anew); another `output` keeps both; or take the change in the recipe back.")
+
+
+def split_stage(run: Run) -> Plan:
+    mixture, path = run.mixture, run.folder / "plan.json"
+    wanted = wanted_plan(run, mixture)
+    if not path.exists():
+        wanted.save(path)
+        record_recipe(run)
+        run.tell(plan_line(wanted))
+        return wanted
+    plan, edited = load_plan(path, mixture)
+    refuse_other_plan(path, plan, wanted)
+    record_recipe(run)
     moved = sum(a.group != b.group for a, b in zip(plan.units, wanted.units, strict=True))
     if edited:
         plan.save(path)
@@ -330,6 +372,7 @@ def train_one(run: Run, branch: int) -> BranchManifest:
     """One branch in this process (`anabranch train-branch`)."""
     mixture = run.mixture
     plan, _ = load_plan(run.folder / "plan.json", mixture)
+    refuse_other_plan(run.folder / "plan.json", plan, wanted_plan(run, mixture))
     return train_branch(run.recipe, plan, branch, mixture, run.folder / "mixture", run.base, run.base_hash,
                         run.branch(branch))
 

@@ -173,3 +173,35 @@ def test_token_beyond_the_embeddings(recipe_file, tiny_base, tmp_path):
     path = recipe_file.parent / "data" / "copy.jsonl"
     path.write_text(path.read_text().replace('"copy ', '"<|strange|> copy '))
     assert "has no embedding" in refused("run", changed(recipe_file, model={"path": str(folder)}))
+
+
+@pytest.mark.parametrize(("train", "word"), [
+    ({"learning_rate": "fast"}, "train.learning_rate"), ({"per_device_train_batch_size": 0}, "more than 0"),
+    ({"num_train_epochs": -1}, "more than 0"), ({"eval_strategy": "steps"}, "set by the pipeline"),
+    ({"optim": "no_such_optimizer"}, "train")])
+def test_trainer_values_are_checked_before_anything_is_done(recipe_file, train, word):
+    assert word in refused("run", changed(recipe_file, train=train))
+    assert not (recipe_file.parent / "run" / "mixture").exists()
+
+
+def test_merge_settings_are_checked_before_training(recipe_file):
+    assert "token_weighted" in refused("run", changed(recipe_file, merge={"method": "token_weigthed"}))
+    assert "5 gigs" in refused("run", changed(recipe_file, merge={"method": "token_weighted", "max_shard_size": "5 gigs"}))
+
+
+def test_a_number_without_a_point_is_a_number(recipe_file):
+    text = recipe_file.read_text().replace("learning_rate: 0.001", "learning_rate: 2e-5")
+    recipe_file.write_text(text)
+    assert "2e-5" in text and load_recipe(recipe_file).train["learning_rate"] == 2e-5
+
+
+def test_base_whose_tensors_have_other_names_is_refused_before_training(recipe_file, tiny_base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "renamed"
+    shutil.copytree(tiny_base, folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    tensors = {k: v for p in tiny_base.glob("*.safetensors") for k, v in load_file(p).items()}
+    save_file({k.removeprefix("model."): v for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert "save_pretrained" in refused("run", changed(recipe_file, model={"path": str(folder)}))

@@ -307,3 +307,42 @@ def test_status(finished, tmp_path):
     assert "branch 0" in told and "merged" in told
     refused = anabranch("status", tmp_path, check=False)
     assert refused.returncode == 2 and "not a run folder" in refused.stderr
+
+
+def test_sigterm_saves_a_checkpoint_that_is_resumed(finished, tmp_path):
+    """What Ctrl-C in the launcher, a queue's time limit or a preemption sends."""
+    recipe = copied(finished, tmp_path)
+    text = yaml.safe_load(recipe.read_text())
+    text["mixture"]["epochs"], text["train"]["save_steps"] = 30, 1000
+    recipe.write_text(yaml.safe_dump(text))
+    anabranch("run", recipe, "--from", "split", "--until", "split")
+    branch = recipe.parent / "run" / "branches" / "0"
+    process = subprocess.Popen([sys.executable, "-m", "anabranch", "train-branch", str(recipe.parent / "run"), "0"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (branch / "progress.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    message = process.communicate()[1]
+    assert process.returncode == 2 and "its checkpoint is kept" in message
+    from anabranch.branches import newest_checkpoint
+
+    assert newest_checkpoint(branch / "checkpoints") is not None
+
+
+def test_budgets_edited_in_the_plan_are_refused(finished, tmp_path):
+    recipe = copied(finished, tmp_path)
+    path = recipe.parent / "run" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["units"][0]["tokens"] *= 2
+    path.write_text(json.dumps(plan))
+    refused = anabranch("run", recipe, check=False)
+    assert refused.returncode == 2 and "tokens, the mixture" in refused.stderr
+
+
+def test_a_refused_recipe_does_not_reach_the_workers(finished, tmp_path):
+    recipe = copied(finished, tmp_path)
+    before = (recipe.parent / "run" / "recipe.json").read_bytes()
+    refused = anabranch("run", recipe, "--set", "split.groups=3", check=False)
+    assert refused.returncode == 2 and (recipe.parent / "run" / "recipe.json").read_bytes() == before

@@ -255,16 +255,15 @@ def _already_there(out: Path, wanted: Mapping[str, Any]) -> MergeManifest | None
     """The manifest in `out`, if that is this very merge; None if `out` is free. Raises OutputError otherwise."""
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return None
-    remedy = "Delete it or choose another `output`; nothing was changed."
+    remedy = "Make it anew (`--from merge`), or choose another `output`; nothing was changed."
     try:
         manifest = MergeManifest.load(out / MANIFEST)
     except CorruptedError as error:
         raise OutputError(f"{out} is already there, and no readable {MANIFEST} says what it is. {remedy}") from error
     differing = [f"{key}: {getattr(manifest, key)!r} there, {value!r} wanted now"
                  for key, value in wanted.items() if getattr(manifest, key) != value]
-    missing = [f"{name}: missing" for name in manifest.files if not (out / name).is_file()]
-    if differing or missing:
-        raise OutputError.of(f"{out} already holds another or a damaged merge. {remedy}", differing + missing)
+    if problems := differing or verify_manifest(out):
+        raise OutputError.of(f"{out} already holds another or a damaged merge. {remedy}", problems)
     return manifest
 
 

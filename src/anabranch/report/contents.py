@@ -19,6 +19,7 @@ from anabranch.artifacts import (
     MergeManifest,
     Mixture,
     Plan,
+    digest,
     file_digest,
 )
 from anabranch.errors import CorruptedError, OutputError
@@ -100,8 +101,15 @@ def read_contents(run: Path) -> Contents:
         branches={b.branch: b for b in sorted(branches, key=lambda b: b.branch)},
         merge=_maybe(MergeManifest, run / "merged" / "anabranch-merge.json"),
         evaluations=evaluations,
-        comparison=_maybe(Comparison, run / "compare.json"),
+        comparison=_comparison(run),
     )
+
+
+def _comparison(run: Path) -> Comparison | None:
+    """The comparison, unless it was made on another mixture than the folder now holds: its verdict would be of that."""
+    found, mixture = _maybe(Comparison, run / "compare.json"), Mixture.load(run / "mixture" / "mixture.json")
+    here = digest({u.name: u.sha256 for u in mixture.units})
+    return found if found is not None and found.made_from.get("mixture", here) == here else None
 
 
 def _maybe(kind: type[A], path: Path) -> A | None:
