@@ -31,7 +31,7 @@ def full_gradients(recipe: Recipe, mixture: Mixture, folder: Path, count: int, s
     parameters = select_trainable(model, recipe.model)
     sketch, select = Sketch(parameters, GradientSection(sketch="full"), 0), can_select(model)
     rows_of = np.empty((min(count, len(mixture.units)), sketch.size), dtype=np.float32)
-    for i, unit in enumerate(mixture.units[: len(rows_of)]):
+    for i, unit in enumerate(mixture.units[:: max(1, len(mixture.units) // count)][: len(rows_of)]):
         rows = load_unit(folder / unit.file, "train")
         chosen = np.sort(np.concatenate(calibration_halves(rows, unit.name, samples, 0)))
         rows_of[i], _ = half_gradient(model, rows, chosen, parameters, sketch, 8192, select=select)
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--units", type=int, default=1000)
+    parser.add_argument("--units", type=int, default=110, help="spread over the mixture")
     parser.add_argument("--samples", type=int, default=40)
     args = parser.parse_args()
     keep_buffers()

@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     keep_buffers()
     runs: dict[str, list[float]] = {"bare": [], "trainer": []}
@@ -58,7 +58,7 @@ def main() -> None:
         folder = Path(name)
         recipe = load_recipe(write_recipe(
             folder / "recipe.yaml", args.data.resolve(), args.model.resolve(), folder / "run",
-            mixture={"max_samples": 8}, evaluate={"retention": "none", "transfer": []},
+            mixture={"max_samples": 3}, evaluate={"retention": "none", "transfer": []},
             train={"train_sampling_strategy": "random"}))
         mixture = build_mixture(recipe, load_tokenizer(args.model), folder / "mixture", base_hash="benchmark")
         plan = make_plan("joint", {u.name: 0 for u in mixture.units}, 1, mixture, 0, {})

@@ -71,23 +71,27 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture()
-def recipe_file(tmp_path: Path, tiny_base: Path) -> Path:
-    """Six units, one transfer unit, K = 2, a few steps."""
+def write_recipe(folder: Path, base: Path) -> Path:
+    """Five units, one transfer unit, K = 2, a few steps; returns the recipe's path."""
     for task in list(TASKS)[:-1]:
-        write_rows(tmp_path / "data" / f"{task}.jsonl", task_rows(task, 24))
-    write_rows(tmp_path / "transfer" / "double.jsonl", task_rows("double", 8))
+        write_rows(folder / "data" / f"{task}.jsonl", task_rows(task, 24))
+    write_rows(folder / "transfer" / "double.jsonl", task_rows("double", 8))
     recipe = {
-        "model": {"path": str(tiny_base)},
+        "model": {"path": str(base)},
         "mixture": {"sources": [{"path": "data/*.jsonl"}], "held_out": 0.2, "max_length": 100},
         "gradients": {"calibration_samples": 12, "size": 512},
         "split": {"method": "merit", "groups": 2},
         "train": {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 2, "save_steps": 4},
         "evaluate": {"transfer": [{"path": "transfer/*.jsonl"}], "generate_samples": 2, "max_samples": 6},
         "output": "run", "seed": 3}
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
+
+
+@pytest.fixture()
+def recipe_file(tmp_path: Path, tiny_base: Path) -> Path:
+    return write_recipe(tmp_path, tiny_base)
 
 
 def anabranch(*arguments: object, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import anabranch
+from conftest import anabranch, write_recipe
 
 # Runs the pipeline and kills itself, as kill -9 would, at the n-th word that a stage says of its progress.
 KILLER = """
@@ -53,20 +53,8 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_base):
     """One uninterrupted run; tests copy it or only read it."""
-    from conftest import TASKS, task_rows, write_rows
-
     folder = tmp_path_factory.mktemp("finished")
-    for task in list(TASKS)[:-1]:
-        write_rows(folder / "data" / f"{task}.jsonl", task_rows(task, 24))
-    write_rows(folder / "transfer" / "double.jsonl", task_rows("double", 8))
-    recipe = {
-        "model": {"path": str(tiny_base)},
-        "mixture": {"sources": [{"path": "data/*.jsonl"}], "held_out": 0.2, "max_length": 100},
-        "gradients": {"calibration_samples": 12, "size": 512}, "split": {"groups": 2},
-        "train": {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 2, "save_steps": 4},
-        "evaluate": {"transfer": [{"path": "transfer/*.jsonl"}], "generate_samples": 2, "max_samples": 6},
-        "output": "run", "seed": 3}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    write_recipe(folder, tiny_base)
     told = anabranch("run", folder / "recipe.yaml").stdout
     return folder, told
 
