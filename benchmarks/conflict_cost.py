@@ -33,7 +33,7 @@ def main() -> None:
     inner, begun = time.perf_counter() - begun, time.perf_counter()
     result = analyse(products, "cosine")
     axes, begun = time.perf_counter() - begun, time.perf_counter()
-    partition("merit", names, [100] * args.units, 8, 0, scores=result.scores, cosine=result.cosine)
+    partition("merit", names, [100] * args.units, result.scores, result.cosine, 8, 0)
     split = time.perf_counter() - begun
     record("conflict_cost", {"units": args.units, "size": args.size, "plain_matmul_s": matmul, "inner_products_s": inner,
                              "analysis_s": axes, "partition_s": split, "total_s": inner + axes + split,

@@ -79,6 +79,8 @@ def _progress() -> Callable[[str, str, int, int], None]:
 
 
 def _recipe(path: Path, overrides: list[str] | None) -> Any:
+    import yaml
+
     from anabranch.recipe import load_recipe, read_yaml
 
     changes = {}
@@ -86,7 +88,10 @@ def _recipe(path: Path, overrides: list[str] | None) -> Any:
         key, equals, value = text.partition("=")
         if not equals:
             raise RecipeError(f"--set {text}: wanted section.key=value, as in --set split.groups=8.")
-        changes[key] = read_yaml(value)
+        try:
+            changes[key] = read_yaml(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {text}: the value is not valid YAML ({getattr(error, 'problem', error)}).") from error
     return load_recipe(path, changes)
 
 
@@ -194,7 +199,8 @@ def report(folder: RunFolder) -> None:
 @app.command()
 def compare(
     recipe: RecipeFile,
-    methods: Annotated[str | None, typer.Option(help="arms, as in joint,random:4,merit:2")] = None,
+    methods: Annotated[str | None, typer.Option(
+        help="arms, as in joint,random:4,merit:2; a number is K, for merit the axes (merit:2 makes 4 groups)")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="seeds 0 .. n-1")] = 3,
     overrides: Overrides = None,
 ) -> None:

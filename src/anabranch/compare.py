@@ -328,9 +328,9 @@ def verdict(summary: list[ArmSummary], runs: list[ArmRun], seeds: Sequence[int])
         lines.append(_best_line(table, place, labels, merged))
     lines += _rivals_lines(table, places, labels, merged)
     lines += _split_lines(table, places, labels, len(seeds))
-    lines.append(f"What this does not show: other model sizes, learning rates or token budgets; {len(seeds)} seed(s) "
-                 f"cannot give a one-sided signed-rank p below {0.5 ** len(seeds):.3f}; intervals are over units, not "
-                 "over seeds; loss is not the answer quality of a chat.")
+    lines.append("What this does not show: other model sizes, learning rates or token budgets; "
+                 f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} cannot give a one-sided signed-rank p below "
+                 f"{0.5 ** len(seeds):.3f}; intervals are over units, not over seeds; loss is not the answer quality of a chat.")
     return [line for line in lines if line]
 
 
@@ -386,6 +386,12 @@ def _split_lines(table: Table, places: list[Place], labels: list[str], seeds: in
     for count, arms in sorted(by_count.items()):
         if len(arms) < 2:
             continue
+        merit, random = f"merit:{count.bit_length() - 1}", f"random:{count}"
+        if merit in arms and random in arms:
+            gaps = [table[merit, p].loss - table[random, p].loss for p in places]
+            lines.append(f"{merit} against {random}, both {count} groups: " + ", ".join(
+                f"{p.replace('_', '-')} {gap:+.3f}" for p, gap in zip(places, gaps, strict=True)) + (
+                ". The conflict-aware split was no better than chance." if min(gaps) > -TIE else "."))
         for place in places:
             rows = [table[a, place] for a in arms]
             spread = max(r.loss for r in rows) - min(r.loss for r in rows)

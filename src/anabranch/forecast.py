@@ -17,6 +17,7 @@ from anabranch.model import load_tokenizer, resolve_model
 from anabranch.recipe import Recipe, Source
 from anabranch.run import check_ahead, check_groups
 
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")  # no Hub id ends so
 Progress = Callable[[str, str, int, int], None]
 
 
@@ -59,8 +60,8 @@ def _sources(recipe: Recipe) -> list[Source]:
 
 
 def _check_sources(recipe: Recipe) -> None:
-    missing = [s.path for s in _sources(recipe)
-               if Path(s.path).is_absolute() and not (glob.glob(s.path) or Path(s.path).exists())]
+    local = [s.path for s in _sources(recipe) if Path(s.path).is_absolute() or s.path.endswith(DATA_SUFFIXES)]
+    missing = [path for path in local if not (glob.glob(path) or Path(path).exists())]
     if missing:
         raise RecipeError("no such data: " + ", ".join(missing))
 
@@ -85,7 +86,10 @@ def _mixture_lines(recipe: Recipe, mixture: Mixture | None) -> list[str]:
     rules: dict[str, int] = {}
     for e in mixture.excluded:
         rules[e.rule] = rules.get(e.rule, 0) + e.rows
-    return lines + [f"           left out: {rows:,} rows by rule {rule}" for rule, rows in sorted(rules.items())]
+    units = {rule: sorted({e.unit for e in mixture.excluded if e.rule == rule}) for rule in rules}
+    return lines + [f"           left out by rule {rule}: {rows:,} rows of {', '.join(units[rule][:4])}"
+                    + (f" and {len(units[rule]) - 4} more units" if len(units[rule]) > 4 else "")
+                    for rule, rows in sorted(rules.items())]
 
 
 def _stage_lines(recipe: Recipe, mixture: Mixture | None, entries: int) -> list[str]:

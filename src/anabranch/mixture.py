@@ -225,10 +225,9 @@ def _read_entry(entry: _Entry, recipe: Recipe) -> tuple[dict[str, UnitRows], lis
         fraction = source.held_out if isinstance(source.held_out, float) else recipe.mixture.held_out
         return read_source(entry.rows, source, entry.label, form=source.format, split_of=_by_prompt(fraction))
     units, stray = read_source(entry.rows, source, entry.label, form=source.format, split_of=lambda _: "train")
-    form = next((u.format for u in units.values()), "auto")
     alone = next(iter(units)) if len(units) == 1 and source.unit_column is None else None
     label = entry.label if entry.held_out.dataset is not None else _label(str(source.held_out), recipe)
-    others, more = read_source(entry.held_out, source, label, form=form, split_of=lambda _: "held_out",
+    others, more = read_source(entry.held_out, source, label, form=source.format, split_of=lambda _: "held_out",
                                only_unit=alone)
     for name, other in others.items():
         unit = units.setdefault(name, UnitRows(name, entry.label, other.format, source))

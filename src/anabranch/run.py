@@ -185,6 +185,9 @@ def mixture_stage(run: Run) -> Mixture:
     run.tell(f"mixture: {len(mixture.units)} units, {sum(u.samples for u in mixture.units):,} samples, "
              f"{mixture.tokens:,} tokens ({sum(u.response_tokens for u in mixture.units):,} of responses); "
              f"{sum(e.rows for e in mixture.excluded):,} rows left out by rule")
+    if lost := [e.unit for e in mixture.excluded if e.rule == "too_few_samples" and e.split == "train"]:
+        run.tell(f"  left out whole, as too few rows are usable: {', '.join(lost[:8])}{', ..' if len(lost) > 8 else ''} "
+                 f"(mixture/mixture.json says why, under `excluded`)")
     return mixture
 
 

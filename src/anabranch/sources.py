@@ -422,10 +422,7 @@ def read_source(located: Located, source: Source, label: str, *, form: str, spli
         MixtureError: every file that cannot be read; columns that fit no format.
     """
     raw = _raw_rows(located, source.unit or only_unit)
-    try:
-        form = detect_format(_columns(raw, source), source.columns, form)
-    except MixtureError as error:
-        raise MixtureError(f"{label}: {error}") from error
+    forms = _forms(raw, source, label, form)
     units: dict[str, UnitRows] = {}
     stray: list[Rejected] = []
     for where, name, row in raw:
@@ -437,15 +434,44 @@ def read_source(located: Located, source: Source, label: str, *, form: str, spli
                 stray.append(Rejected(split_of(None), "malformed", where, why))
                 continue
             name = str(value)
-        unit = units.setdefault(name, UnitRows(name, label, form, source))
+        found = forms[_file(where)]
+        unit = units.setdefault(name, UnitRows(name, label, found, source))
+        if found not in unit.format.split("+"):
+            unit.format += f"+{found}"
         # a mapped column takes its name from a column of the file that has it by chance
-        _place(unit, where, row | {ours: row.get(theirs) for ours, theirs in source.columns.items()}, split_of)
+        mapped = row | {ours: row.get(theirs) for ours, theirs in source.columns.items()}
+        _place(unit, found, where, mapped, split_of)
     return units, stray
 
 
-def _place(unit: UnitRows, where: str, raw: Mapping[str, Any], split_of: Callable[[Row | None], Split]) -> None:
+def _file(where: str) -> str:
+    return where.rsplit(":", 1)[0]
+
+
+def _forms(raw: list[tuple[str, str, dict[str, Any]]], source: Source, label: str, form: str) -> dict[str, str]:
+    """File -> its format: files of one glob need not agree. Raises MixtureError with every file that fits none."""
     try:
-        row = Row(where, to_messages(raw, unit.format))
+        _columns(raw, source)
+        columns: dict[str, set[str]] = {}
+        for where, _, row in raw:
+            columns.setdefault(_file(where), set()).update(row)
+    except MixtureError as error:
+        raise MixtureError(f"{label}: {error}") from error
+    forms, problems = {}, []
+    for file, have in columns.items():
+        ours = {ours for ours, theirs in source.columns.items() if theirs in have}
+        try:
+            forms[file] = detect_format((have - set(source.columns.values())) | ours, source.columns, form)
+        except MixtureError as error:
+            problems.append(f"{file}: {error}")
+    if problems:
+        raise MixtureError("\n  - ".join(problems))
+    return forms
+
+
+def _place(unit: UnitRows, form: str, where: str, raw: Mapping[str, Any], split_of: Callable[[Row | None], Split]) -> None:
+    try:
+        row = Row(where, to_messages(raw, form))
     except Malformed as error:
         unit.rejected.append(Rejected(split_of(None), "malformed", where, str(error)))
         return
@@ -464,7 +490,10 @@ def _raw_rows(located: Located, unit: str | None) -> list[tuple[str, str, dict[s
     raw, problems = [], []
     for (label, path), name in zip(located.files, names, strict=True):
         try:
-            raw += [(f"{label}:{number}", name, row) for number, row in read_rows(path)]
+            rows = [(f"{label}:{number}", name, row) for number, row in read_rows(path)]
+            raw += rows
+            if not rows:
+                problems.append(f"{label}: no row in it. Take the file out of the source, or fill it.")
         except MixtureError as error:
             problems.append(str(error))
     if problems:

@@ -205,3 +205,12 @@ def test_base_whose_tensors_have_other_names_is_refused_before_training(recipe_f
     tensors = {k: v for p in tiny_base.glob("*.safetensors") for k, v in load_file(p).items()}
     save_file({k.removeprefix("model."): v for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     assert "save_pretrained" in refused("run", changed(recipe_file, model={"path": str(folder)}))
+
+
+@pytest.mark.parametrize("text", ["model.path=[1", "output={"])
+def test_set_with_broken_yaml(recipe_file, text):
+    assert "not valid YAML" in refused("run", recipe_file, "--dry-run", "--set", text)
+
+
+def test_dry_run_names_missing_files(recipe_file):
+    assert "nowhere.jsonl" in refused("run", recipe_file, "--dry-run", "--set", "mixture.sources=[{path: nowhere.jsonl}]")

@@ -125,3 +125,16 @@ def test_wilcoxon_and_intervals_by_hand():
     assert paired_interval([0.1] * 4, "held_out") is None
     low, high = paired_interval([0.5] * 9, "held_out")
     assert low == high == pytest.approx(0.5)
+
+
+def test_headline_does_not_credit_the_split_with_what_chance_does_too():
+    from anabranch.report.verdict import of_comparison
+
+    def told(random: float) -> str:
+        losses = {"joint": (2.0, 2.0, 2.0), "merit:2": (1.7, 1.5, 1.7), "random:4": (random, 1.6, random)}
+        summary = [row(arm, place, loss) for arm, by_place in losses.items()
+                   for place, loss in zip(("held_out", "transfer", "retention"), by_place, strict=True)]
+        return of_comparison(Comparison(seeds=[0], runs=[], summary=summary, verdict=verdict(summary, [], [0]))).headline
+
+    assert "not shown to be worth a conflict-aware split" in told(1.69)
+    assert "orth it on these figures" in told(2.1)

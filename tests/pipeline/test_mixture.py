@@ -23,7 +23,7 @@ from anabranch import mixture as stage
 from anabranch.artifacts import Mixture, Unit
 from anabranch.errors import MixtureError
 from anabranch.mixture import build_mixture, mixture_table
-from anabranch.recipe import Recipe
+from anabranch.recipe import Recipe, load_recipe
 from anabranch.rows import budget_indices, load_unit
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -633,3 +633,30 @@ def test_p3_as_its_readme_says(tmp_path):
     for example in mixture.examples:
         assert example["response"].endswith("<|eos|>") and example["prompt"].endswith("<|assistant|>\n")
     shutil.rmtree(out)
+
+
+def test_files_of_one_glob_may_have_formats_of_their_own(tmp_path, tokenizer, recipe_file):
+    """A folder of datasets as people have them: none is lost because another was read first."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    made = {
+        "alpaca": [{"instruction": f"say {i}", "output": f"word {i}"} for i in range(12)],
+        "chat": [{"messages": [user(f"say {i}"), assistant(f"word {i}")]} for i in range(12)],
+        "plain": [{"prompt": f"say {i}", "completion": f"word {i}"} for i in range(12)],
+        "share": [{"conversations": [{"from": "human", "value": f"say {i}"}, {"from": "gpt", "value": f"word {i}"}]}
+                  for i in range(12)]}
+    for name, data in made.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    loaded = load_recipe(recipe_file, {"mixture.sources": [{"path": str(folder / "*.jsonl")}], "mixture.held_out": 0.0,
+                                       "evaluate.transfer": [], "evaluate.retention": "none"})
+    mixture = build_mixture(loaded, tokenizer, tmp_path / "out", base_hash="x")
+    assert {u.name: (u.rows, u.format) for u in mixture.units} == {
+        "alpaca": (12, "alpaca"), "chat": (12, "messages"), "plain": (12, "prompt_completion"), "share": (12, "sharegpt")}
+    (folder / "empty.jsonl").write_text("")
+    (folder / "strange.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(MixtureError) as caught:
+        build_mixture(loaded, tokenizer, tmp_path / "again", base_hash="x")
+    assert "empty.jsonl: no row in it" in str(caught.value)
+    (folder / "empty.jsonl").unlink()
+    with pytest.raises(MixtureError, match=r"strange\.jsonl"):
+        build_mixture(loaded, tokenizer, tmp_path / "again", base_hash="x")

@@ -39,7 +39,7 @@ def _escaped(triple: tuple[str, str, str]) -> tuple[str, ...]:
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", clean(text))
+    return re.sub(r"([\\`*<>|]|\](?=\())", r"\\\1", clean(text))
 
 
 def _sentence(text: str) -> str:

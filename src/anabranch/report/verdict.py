@@ -202,11 +202,24 @@ def of_comparison(comparison: Comparison) -> Verdict:
             low, high = ((None if end is None else end - joint.loss) for end in (mine.loss_low, mine.loss_high))
             words[place] = _word(mine.loss - joint.loss, low, high)
     headline, tone = _weigh(words, "joint training")
+    if tone == "good" and (also := _also_better(table, best, words)):
+        names = ", ".join(f"`{clean(arm)}`" for arm in also)
+        headline = (f"Worth merging on these figures, but not shown to be worth a conflict-aware split: "
+                    f"{headline.split(': ', 1)[-1]}; so are {names}")
+        return Verdict(f"`{clean(best)}`: {headline[0].lower()}{headline[1:]}", "mixed", told)
     missing = [c for c in ("joint_matched", "joint_batch") if not any(arm.split(":")[0] == c for arm in table)]
     if missing:
         told = [*told, f"Not among the arms: {', '.join(missing)}. Without them nobody knows whether the split or the "
                        "short step helped."]
     return Verdict(f"`{clean(best)}`: {headline[0].lower()}{headline[1:]}", tone, told)
+
+
+def _also_better(table: Mapping[str, Mapping[str, ArmSummary]], best: str, words: Mapping[str, Word]) -> list[str]:
+    """Arms that know nothing of the conflict and are better than joint wherever the best merit arm is."""
+    blind = [arm for arm in table if arm.split(":")[0] in ("random", "stratified", "soup", "joint_matched", "joint_batch")]
+    won = [place for place, word in words.items() if word == "better"]
+    return [arm for arm in blind if all(
+        place in table[arm] and table[arm][place].loss < table["joint"][place].loss - TIE for place in won)]
 
 
 def _matched(as_good: Mapping[str, Sequence[str]], count: int) -> str:
