@@ -61,7 +61,7 @@ def resolve_model(section: ModelSection) -> Path:
     missing = [name for name, found in (
         ("config.json", (folder / "config.json").is_file()),
         ("weights (*.safetensors)", any(folder.glob("*.safetensors"))),
-        ("a tokenizer (tokenizer.json or tokenizer_config.json)",
+        ("tokenizer (tokenizer.json or tokenizer_config.json)",
          any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer_config.json"))),
     ) if not found]
     if missing:

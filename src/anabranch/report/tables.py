@@ -190,7 +190,7 @@ def arms_table(comparison: Comparison) -> Table:
         losses = [number(cell[arm, place].loss) if (arm, place) in cell else NONE for place in PLACES]
         rows.append([arm, *losses, number(_mean(runs, "displacement"), 2), number(_mean(runs, "alpha"), 2),
                      f"{_mean(runs, 'tokens') or 0:,.0f}", f"{max((r.branches for r in runs), default=0)}"])
-    return Table(f"Every arm, mean over {len(comparison.seeds)} seed{'' if len(comparison.seeds) == 1 else 's'}",
+    return Table(f"Every arm, mean over {_seeds(comparison)}",
                  ["arm", "held-out", "transfer", "retention", "distance from base", "share of joint's step",
                   "training tokens", "branches"], rows)
 
@@ -200,8 +200,16 @@ def _mean(runs: Sequence[ArmRun], name: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def _seeds(comparison: Comparison) -> str:
+    return f"{len(comparison.seeds)} seed{'' if len(comparison.seeds) == 1 else 's'}"
+
+
 def _span(row: ArmSummary) -> str:
-    return NONE if row.loss_low is None or row.loss_high is None else f"{row.loss_low:.3f} to {row.loss_high:.3f}"
+    """Of the difference to joint; the artifact holds it added to joint's loss."""
+    if row.loss_low is None or row.loss_high is None or row.versus_joint is None or row.arm == "joint":
+        return NONE
+    joint = row.loss - row.versus_joint
+    return _interval(row.loss_low - joint, row.loss_high - joint)
 
 
 def place_table(comparison: Comparison, place: str) -> Table:
@@ -215,7 +223,7 @@ def place_table(comparison: Comparison, place: str) -> Table:
                 NONE if s.wilcoxon_p is None else f"{s.wilcoxon_p:.3f}",
                 ", ".join(number(v) for v in s.loss_by_seed), number(s.exact_match), number(s.f1)]
 
-    headers = ["arm", "loss", "95 % interval", "token-weighted", "against joint", "won / tied / lost", "p over seeds",
+    headers = ["arm", "loss", "95 % against joint", "token-weighted", "against joint", "won / tied / lost", "p over seeds",
                "loss by seed", "exact match", "F1"]
     return Table(PLACE_WORDS[place].capitalize(), headers, [row(s) for s in comparison.summary if s.place == place])
 
@@ -268,5 +276,5 @@ def key_numbers(contents: Contents) -> list[tuple[str, str, str]]:
                             f"loss {number(before)} → {number(after)}, base → merged"))
     if contents.comparison is not None:
         arms = {s.arm for s in contents.comparison.summary}
-        out.append(("comparison", f"{len(arms)} arms", f"{len(contents.comparison.seeds)} seeds, equal token budget"))
+        out.append(("comparison", f"{len(arms)} arms", f"{_seeds(contents.comparison)}, equal token budget"))
     return out
