@@ -330,7 +330,7 @@ def verdict(summary: list[ArmSummary], runs: list[ArmRun], seeds: Sequence[int])
     lines += _split_lines(table, places, labels, len(seeds))
     lines.append("What this does not show: other model sizes, learning rates or token budgets; "
                  f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} cannot give a one-sided signed-rank p below "
-                 f"{0.5 ** len(seeds):.3f}; intervals are over units, not over seeds; loss is not the answer quality of a chat.")
+                 f"{0.5 ** len(seeds):.3f}; intervals are over units, not over seeds; loss is not a chat's quality.")
     return [line for line in lines if line]
 
 
