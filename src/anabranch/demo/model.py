@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from anabranch.demo import tasks
 from anabranch.errors import OutputError
@@ -209,6 +210,7 @@ def _save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: P
     temporary = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+        logging.disable_progress_bar()  # its bar would stand between the lines of ours
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         os.replace(temporary, folder)
