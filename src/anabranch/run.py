@@ -65,6 +65,8 @@ LEAVES = {"mixture": ["mixture"], "gradients": ["gradients"], "conflict": ["conf
           "train": ["branches"], "merge": ["merged", "merged.partial"], "evaluate": ["evaluation"],
           "report": ["report.html", "report.md"]}
 
+RANDOM_PLANS = 20  # drawn to tell how far the branches of random groups drift apart
+
 Tell = Callable[[str], None]
 Progress = Callable[[str, str, int, int], None]  # stage, what, done, total
 
@@ -242,6 +244,8 @@ def conflict_stage(run: Run) -> Conflict:
     artifact.save(folder / "conflict.json")
     run.progress("conflict", "", 2, 2)
     run.tell(conflict_line(artifact))
+    if artifact.spectral_tests:
+        run.tell("  " + conflict_maths.drift_in_words(artifact.spectral_tests[0]))
     return artifact
 
 
@@ -314,7 +318,7 @@ def split_stage(run: Run) -> Plan:
     if not path.exists():
         wanted.save(path)
         record_recipe(run)
-        run.tell(plan_line(wanted))
+        run.tell(plan_line(wanted) + spread_line(run, wanted))
         return wanted
     plan, edited = load_plan(path, mixture)
     refuse_other_plan(path, plan, wanted)
@@ -322,8 +326,25 @@ def split_stage(run: Run) -> Plan:
     moved = sum(a.group != b.group for a, b in zip(plan.units, wanted.units, strict=True))
     if edited:
         plan.save(path)
-    run.tell(plan_line(plan) + (f"; {moved} units moved by hand" if moved else ""))
+    run.tell(plan_line(plan) + (f"; {moved} units moved by hand" if moved else "") + spread_line(run, plan))
     return plan
+
+
+def spread_line(run: Run, plan: Plan) -> str:
+    """How far this very plan's branches drift apart in one step, against random groups of as many: '' where that is 0."""
+    groups = [u.group for u in plan.units if u.group is not None]
+    if len(plan.groups) < 2 or not groups:
+        return ""
+    conflict = Conflict.load(run.folder / "conflict" / "conflict.json")
+    if conflict.units != [u.unit for u in plan.units]:
+        return ""
+    gram = load_file(run.folder / "conflict" / "conflict.safetensors")["gram"]
+    tokens = [u.tokens for u in plan.units]
+    chance = np.mean([conflict_maths.partition_gain(
+        gram, partition("random", conflict.units, [u.samples for u in plan.units], np.zeros((len(groups), 1)),
+                        np.eye(len(groups)), len(plan.groups), seed), tokens) for seed in range(RANDOM_PLANS)])
+    ratio = conflict_maths.partition_gain(gram, groups, tokens) / chance if chance else 0.0
+    return f"; spread of its branches after one step (G_var): {ratio:.2f} times that of random groups"
 
 
 def plan_line(plan: Plan) -> str:

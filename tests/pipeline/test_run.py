@@ -68,6 +68,7 @@ def test_every_stage_says_what_it_did(finished):
     folder, told = finished
     for word in ("mixture:", "gradients:", "conflict:", "split:", "train:", "merge:", "evaluate:", "report:"):
         assert word in told
+    assert "after one step (G_var)" in told and "times that of random groups" in told
     assert (folder / "run" / "report.html").stat().st_size > 10_000
 
 
