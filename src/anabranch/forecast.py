@@ -16,8 +16,8 @@ from anabranch.mixture import build_mixture
 from anabranch.model import load_tokenizer, resolve_model
 from anabranch.recipe import Recipe, Source
 from anabranch.run import check_ahead, check_groups
+from anabranch.sources import SUFFIXES
 
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")  # no Hub id ends so
 Progress = Callable[[str, str, int, int], None]
 
 
@@ -60,7 +60,7 @@ def _sources(recipe: Recipe) -> list[Source]:
 
 
 def _check_sources(recipe: Recipe) -> None:
-    local = [s.path for s in _sources(recipe) if Path(s.path).is_absolute() or s.path.endswith(DATA_SUFFIXES)]
+    local = [s.path for s in _sources(recipe) if Path(s.path).is_absolute() or s.path.endswith(SUFFIXES)]
     missing = [path for path in local if not (glob.glob(path) or Path(path).exists())]
     if missing:
         raise RecipeError("no such data: " + ", ".join(missing))

@@ -96,18 +96,6 @@ def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str,
     return mixture
 
 
-def mixture_table(mixture: Mixture) -> list[list[str | int]]:
-    """The mixture as rows of five cells, for a person.
-
-    A header row; then name, rows, tokens, response tokens and held-out rows of each unit; then of each thing left out
-    its unit, 'left out: RULE (SPLIT)', rows, '' and an example.
-    """
-    table: list[list[str | int]] = [["unit", "rows", "tokens", "response tokens", "held-out rows"]]
-    table += [[u.name, u.rows, u.tokens, u.response_tokens, u.held_out_rows] for u in mixture.units]
-    table += [[e.unit, f"left out: {e.rule} ({e.split})", e.rows, "", e.example] for e in mixture.excluded]
-    return table
-
-
 def exclusion_lines(excluded: Sequence[Exclusion]) -> list[str]:
     """One line per rule, unit and side: how many rows, and the first of them."""
     return [f"{e.unit} ({e.split}): {e.rows:,} {'row' if e.rows == 1 else 'rows'}, {e.rule}: {e.example}"
