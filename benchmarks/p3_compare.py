@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _branch_displacements(run: Path) -> dict[str, list[float]]:
-    manifests = sorted((run / "compare").glob("*/seed-*/merged/anabranch-merge.json"))
+    manifests = sorted((run / "compare").glob("*/seed-*/merged/manifest.json"))
     return {"/".join(p.parts[-4:-2]): MergeManifest.load(p).branch_displacements for p in manifests}
 
 

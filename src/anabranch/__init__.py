@@ -11,7 +11,7 @@ _PUBLIC = {
     "load_recipe": "recipe", "open_run": "run", "reopen_run": "run", "run_stages": "run",
     "build_mixture": "mixture", "measure_gradients": "gradients",
     "inner_products": "conflict", "analyse": "conflict", "partition": "partition", "make_plan": "plan",
-    "train_branch": "branches", "merge_checkpoints": "engine.stream", "evaluate_model": "evaluate",
+    "train_branch": "branches", "merge_checkpoints": "engine.merging", "evaluate_model": "evaluate",
     "harness_scores": "harness", "parse_arms": "compare", "run_comparison": "compare",
     "markdown_report": "report", "write_report": "report", "AnabranchError": "errors"}
 

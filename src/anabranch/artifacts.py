@@ -242,19 +242,32 @@ class BranchManifest(Artifact):
     software: dict[str, str]
 
 
+class MergeInput(Part):
+    """A model that a merge read. `label` as the config calls it; `hash` over names and hashes of the tensors read."""
+
+    label: str
+    hash: str
+
+
 class MergeManifest(Artifact):
-    """anabranch-merge.json in the merged folder. made_from: base, plan, branch-0 .. branch-(K-1)."""
+    """manifest.json in the merged folder. made_from: base, plan, branch-0 .. branch-(K-1), for a merge of a run."""
 
     kind: Literal["merge"] = "merge"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     method: str
-    arguments: dict[str, float | int | bool | str] = Field({}, description="the method's own parameters, with defaults")
-    weights: list[float]
+    arguments: dict[str, float | int | bool | str | list[float]] = Field(
+        {}, description="the method's own parameters, with defaults")
+    weights: list[float] = []
+    config: str | None = Field(None, description="the text of the merge config, for `anabranch merge`")
+    seed: int = 0
     dtype: str
     parameters: int
-    displacement: float = Field(description="L2 norm of merged minus base over all parameters, before rounding")
-    branch_displacements: list[float]
-    files: dict[str, str]
+    displacement: float | None = Field(None, description="L2 norm of merged minus base over all parameters, before rounding")
+    branch_displacements: list[float] = []
+    inputs: list[MergeInput] = []
+    tensors: dict[str, str] = Field({}, description="tensor -> XXH3-128 of dtype, shape and bytes")
+    files: dict[str, str] = Field(description="file other than weights -> SHA-256")
+    software: dict[str, str] = {}
 
 
 class UnitScore(Part):

@@ -39,7 +39,7 @@ from anabranch.artifacts import (
     digest,
 )
 from anabranch.branches import train_branch, train_hash, train_settings
-from anabranch.engine.stream import merge_checkpoints
+from anabranch.engine.merging import merge_checkpoints
 from anabranch.errors import ProvenanceError, RecipeError, closest
 from anabranch.evaluate import evaluation_inputs
 from anabranch.launch.local import Job, run_jobs
@@ -242,7 +242,7 @@ def _train_arm(run: Run, arm: Arm, seed: int, folder: Path) -> tuple[MergeManife
                               f"asks for. Delete {folder}, or take the change back.")
     plan.save(path)
     paths = [folder / "branches" / str(g.group) for g in plan.groups]
-    merged = folder / "merged" / "anabranch-merge.json"
+    merged = folder / "merged" / "manifest.json"
     if merged.exists() and not (paths[0] / "model").exists():  # only the evaluation changed
         return MergeManifest.load(merged), [BranchManifest.load(p / "branch.json") for p in paths]
     recipe = with_larger_batch(run.recipe, arm.number) if arm.method == "joint_batch" else run.recipe
@@ -262,8 +262,8 @@ def _pull_back(run: Run, arm: Arm, seed: int, out: Path) -> tuple[MergeManifest,
     """base + alpha (joint - base) at the reference arm's distance. alpha > 1 lengthens joint's step: it is said, not cut."""
     reference = parse_arms(arm.reference)[0]
     joint = arm_folder(run, Arm("joint", "joint"), seed)
-    far = MergeManifest.load(joint / "merged" / "anabranch-merge.json").displacement
-    near = MergeManifest.load(arm_folder(run, reference, seed) / "merged" / "anabranch-merge.json").displacement
+    far = MergeManifest.load(joint / "merged" / "manifest.json").displacement
+    near = MergeManifest.load(arm_folder(run, reference, seed) / "merged" / "manifest.json").displacement
     alpha = near / far
     plan = Plan.load(joint / "plan.json")
     manifest = BranchManifest.load(joint / "branches" / "0" / "branch.json")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,18 @@ OWNED_BY_PIPELINE = ("output_dir", "seed", "data_seed", "max_steps", "max_length
 
 def read_yaml(text: str) -> Any:
     """A YAML value as recipes read it: safe types only, no key twice, 2e-5 a number. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader underneath
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader underneath
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, a date in month 13; brackets without end
+        raise yaml.YAMLError(str(error)) from error
+
+
+def read_documents(text: str) -> list[Any]:
+    """Every document of a YAML text, each as `read_yaml` reads it; an empty one is None. Raises yaml.YAMLError."""
+    try:
+        return list(yaml.load_all(text, Loader=_UniqueKeys))
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
 
 
 class Section(BaseModel):
@@ -148,18 +160,24 @@ class Recipe(Section):
         return train
 
 
+MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML that refuses a key given twice in one mapping."""
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
+    said: set[Any] = set()
+    for key_node, _ in node.value:
+        key = key_node.value if key_node.tag == MERGE_TAG else loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a list or a mapping cannot be a key", key_node.start_mark)
+        if key in said:
             raise yaml.constructor.ConstructorError(None, None, f"key `{key}` stands twice", key_node.start_mark)
-        seen[key] = loader.construct_object(value_node, deep=True)
-    return seen
+        said.add(key)
+    loader.flatten_mapping(node)  # `<<: *other`: what stands here itself comes later, and wins
+    return {loader.construct_object(key, deep=True): loader.construct_object(value, deep=True) for key, value in node.value}
 
 
 # YAML 1.1 takes 2e-5 for text, as it has no point; people mean the number

@@ -8,7 +8,7 @@ A run folder:
     conflict/conflict.json    conflict.safetensors
     plan.json                 who trains what; may be edited by hand before training
     branches/K/branch.json    model/: float32 weights; log.txt; progress.json
-    merged/                   a model folder with anabranch-merge.json
+    merged/                   a model folder with manifest.json
     evaluation/*.json         base, branch-K, merged
     report.html, report.md
 
@@ -46,7 +46,7 @@ from anabranch.artifacts import (
 from anabranch.branches import branch_inputs, check_branch, check_train_section, train_branch
 from anabranch.engine.checkpoint import checkpoint_hash
 from anabranch.engine.plan import parse_size
-from anabranch.engine.stream import merge_checkpoints
+from anabranch.engine.merging import merge_checkpoints
 from anabranch.errors import CorruptedError, PlanError, ProvenanceError, RecipeError
 from anabranch.evaluate import evaluate_model, evaluation_inputs
 from anabranch.gradients import load_halves, measure_gradients
@@ -414,7 +414,7 @@ def merge_branches(run: Run, plan: Plan, branches: list[Path], out: Path) -> Mer
     section = run.recipe.merge
     return merge_checkpoints(section.method, run.base, [b / "model" for b in branches], [g.weight for g in plan.groups],
                              out, dtype=section.dtype, max_shard_size=section.max_shard_size, made_from=made_from,
-                             progress=lambda done, total: run.progress("merge", "", done, total))
+                             progress=lambda p: run.progress("merge", "", p.done, p.total))
 
 
 def merge_stage(run: Run) -> MergeManifest:
@@ -445,7 +445,7 @@ def evaluate_stage(run: Run) -> list[Evaluation]:
         for group in plan.groups:
             manifest = BranchManifest.load(run.branch(group.group) / "branch.json")
             models.append((f"branch-{group.group}", run.branch(group.group) / "model", digest(manifest.files)))
-    merged = MergeManifest.load(run.folder / "merged" / "anabranch-merge.json")
+    merged = MergeManifest.load(run.folder / "merged" / "manifest.json")
     models.append(("merged", run.folder / "merged", digest(merged.files)))
     results = []
     for label, folder, weights_hash in models:

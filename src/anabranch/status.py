@@ -15,7 +15,7 @@ def status_lines(folder: Path) -> list[str]:
         raise CorruptedError(f"{folder}: not a run folder (no recipe.json). Give the folder that `anabranch run` made: "
                              "the recipe's `output`.")
     lines = [_mixture(folder), _gradients(folder), _conflict(folder), *_branches(folder)]
-    merged = (folder / "merged" / "anabranch-merge.json").exists()
+    merged = (folder / "merged" / "manifest.json").exists()
     lines.append(f"merge      {'done' if merged else 'to do'}")
     scored = sorted(p.stem for p in (folder / "evaluation").glob("*.json"))
     lines.append(f"evaluate   {', '.join(scored) if scored else 'to do'}")

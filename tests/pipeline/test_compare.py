@@ -60,7 +60,7 @@ def test_joint_batch_takes_fewer_steps(compared):
 
 
 def test_merging_moves_less_than_its_branches(compared):
-    manifest = MergeManifest.load(compared / "run/compare/merit-1/seed-0/merged/anabranch-merge.json")
+    manifest = MergeManifest.load(compared / "run/compare/merit-1/seed-0/merged/manifest.json")
     mean = sum(w * d**2 for w, d in zip(manifest.weights, manifest.branch_displacements, strict=True))
     assert 0 < manifest.displacement**2 <= mean  # eq. (11): the rest is the branches' spread
 

@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from anabranch.artifacts import MergeManifest
-from anabranch.engine import stream
+from anabranch.engine import output
 from anabranch.engine.checkpoint import INDEX, WEIGHTS, checkpoint_hash
 from anabranch.engine.plan import parse_size
-from anabranch.engine.stream import JOURNAL, MANIFEST, merge_checkpoints, verify_manifest
+from anabranch.engine.stream import Progress, Settings
+from anabranch.engine.merging import merge_checkpoints, verify_files
+from anabranch.engine.output import JOURNAL, MANIFEST
 from anabranch.errors import CorruptedError, ModelError, OutputError, RecipeError, ShapeMismatch
 
 P3_BASE = Path(__file__).parents[2].parent / "shared" / "models" / "p3-base"
@@ -245,7 +247,7 @@ def test_what_is_carried_along_and_what_is_not(tmp_path, family):
     files = files_of(tmp_path / "out")
     assert {name: files[name] for name in keep} == keep
     assert files.keys() == keep.keys() | {WEIGHTS, MANIFEST, "config.json", "generation_config.json"}
-    assert manifest.files.keys() == files.keys() - {MANIFEST}
+    assert manifest.files.keys() == files.keys() - {MANIFEST, WEIGHTS}
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -254,18 +256,18 @@ def test_manifest_is_in_the_folder_and_finds_changes(tmp_path, family):
     manifest = merge(base, branches, tmp_path / "out", max_shard_size="4KB")
     assert MergeManifest.load(tmp_path / "out" / MANIFEST) == manifest
     assert manifest.made_from == MADE_FROM and manifest.weights == WEIGHTS_OF_3
-    assert verify_manifest(tmp_path / "out") == []
+    assert verify_files(tmp_path / "out") == []
     victim = next((tmp_path / "out").glob("model-00002*"))
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
     (tmp_path / "out/config.json").unlink()
     (tmp_path / "out/more.safetensors").write_bytes(b"")
-    problems = verify_manifest(tmp_path / "out")
+    problems = verify_files(tmp_path / "out")
     assert len(problems) == 3
     assert all(any(name in p for p in problems) for name in (victim.name, "config.json", "more.safetensors"))
     (tmp_path / "out" / MANIFEST).write_text("{}")
-    assert len(verify_manifest(tmp_path / "out")) == 1
+    assert len(verify_files(tmp_path / "out")) == 1
 
 
 def test_done_is_done_and_another_merge_is_refused(tmp_path, family):
@@ -279,7 +281,7 @@ def test_done_is_done_and_another_merge_is_refused(tmp_path, family):
         with pytest.raises(OutputError, match="another or a damaged"):
             merge(base, branches, tmp_path / "out", **change)
     (tmp_path / "out" / WEIGHTS).unlink()
-    with pytest.raises(OutputError, match="missing"):
+    with pytest.raises(OutputError, match="without weights"):
         merge(base, branches, tmp_path / "out")
 
 
@@ -288,7 +290,7 @@ def test_what_others_put_there_is_left_alone(tmp_path, family):
     for name in ("out", "out.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "diary.txt").write_text("dear")
-        with pytest.raises(OutputError, match="choose another"):
+        with pytest.raises(OutputError, match="[Cc]hoose another"):
             merge(base, branches, tmp_path / "out")
         assert (tmp_path / name / "diary.txt").read_text() == "dear"
         shutil.rmtree(tmp_path / name)
@@ -300,22 +302,23 @@ def test_a_second_merge_into_the_same_folder_waits_its_turn(tmp_path, family):
     base, branches = family
     seen = []
 
-    def while_running(done: int, total: int) -> None:
-        if done == 2:
+    def while_running(now: Progress) -> None:
+        if now.tensors == 2 and not seen:
             with pytest.raises(OutputError, match="another merge") as caught:
                 merge(base, branches, tmp_path / "out")
             seen.append(caught.value)
 
     merge(base, branches, tmp_path / "out", progress=while_running)
-    assert len(seen) == 1 and verify_manifest(tmp_path / "out") == []
+    assert len(seen) == 1 and verify_files(tmp_path / "out") == []
 
 
-def test_progress_counts_every_tensor(tmp_path, family):
+def test_progress_counts_every_byte_and_tensor(tmp_path, family):
     base, branches = family
     calls = []
-    merge(base, branches, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))
-    total = len(tensors_of(base))
-    assert calls == [(i + 1, total) for i in range(total)]
+    merge(base, branches, tmp_path / "out", progress=calls.append)
+    size = sum(t.numel() * 2 for t in tensors_of(base).values())
+    assert [c.done for c in calls] == sorted(c.done for c in calls)
+    assert calls[-1] == Progress(size, size, len(tensors_of(base)))
 
 
 # --- kills ---
@@ -323,24 +326,20 @@ def test_progress_counts_every_tensor(tmp_path, family):
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from anabranch.engine import stream
-here, victim, interval = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-stream.JOURNAL_BYTES = interval
-def progress(done, total):
-    if victim == 0:
-        print(done)
-    if done == victim:
+from anabranch.engine.merging import merge_checkpoints
+here, victim = Path(sys.argv[1]), int(sys.argv[2])
+def progress(now):
+    if now.tensors == victim:
         os.kill(os.getpid(), signal.SIGKILL)
 if victim == -1:  # at the last moment: the result is whole, and not renamed
     os.rename = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-stream.merge_checkpoints("token_weighted", here / "base", [here / f"branch-{k}" for k in range(3)], [0.5, 0.3, 0.2],
-                         here / "out", max_shard_size="5KB", made_from={"base": "b" * 64, "plan": "p" * 64},
-                         progress=progress)
+merge_checkpoints("token_weighted", here / "base", [here / f"branch-{k}" for k in range(3)], [0.5, 0.3, 0.2],
+                  here / "out", max_shard_size="5KB", made_from={"base": "b" * 64, "plan": "p" * 64}, progress=progress)
 """
 
 
-def in_a_process(folder: Path, victim: int, interval: int) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", SCRIPT, str(folder), str(victim), str(interval)],
+def in_a_process(folder: Path, victim: int) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", SCRIPT, str(folder), str(victim)],
                           capture_output=True, text=True, timeout=120)
 
 
@@ -350,11 +349,11 @@ def test_killed_merges_go_on_and_give_the_same_bytes(tmp_path, family):
     wanted = files_of(tmp_path / "uninterrupted")
     assert sum(name.endswith(".safetensors") for name in wanted) == 3
     for victim in (15, -1):  # in the second shard; at the very end
-        killed = in_a_process(tmp_path, victim, 1)
+        killed = in_a_process(tmp_path, victim)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not (tmp_path / "out").exists()
     (tmp_path / "out.partial/.tokenizer.json.123.partial").write_text("left over")
-    finished = in_a_process(tmp_path, 0, 1)
+    finished = in_a_process(tmp_path, 99)
     assert finished.returncode == 0, finished.stderr
     assert files_of(tmp_path / "out") == wanted
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "branch-0", "branch-1", "branch-2", "out",
@@ -363,46 +362,54 @@ def test_killed_merges_go_on_and_give_the_same_bytes(tmp_path, family):
 
 def interrupted(family, out: Path, at: int) -> None:
     """A merge that stops after `at` tensors without a chance to tidy up."""
-    def stop(done: int, _: int) -> None:
-        if done == at:
+    def stop(now: Progress) -> None:
+        if now.tensors == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         merge(*family, out, max_shard_size="5KB", progress=stop)
 
 
-def test_a_resumed_merge_starts_where_the_journal_says(tmp_path, family, monkeypatch):
-    """Stopped after 9 tensors with an entry every 2,000 bytes: neither from the start nor from where it stopped."""
-    monkeypatch.setattr(stream, "JOURNAL_BYTES", 2000)
-    interrupted(family, tmp_path / "out", 9)
-    done = json.loads((tmp_path / "out.partial" / JOURNAL).read_text())["done"]
-    assert 0 < done < 9
-    # What stands behind the journalled tensors may be anything: it is cut off and written again.
-    with open(max((tmp_path / "out.partial").glob("*.safetensors")), "ab") as file:
-        file.write(b"garbage" * 100)
+def tensors_at_start(family, out: Path, weights: list[float] | None = None) -> int:
+    """Tensors that a merge found done when it was run (again)."""
     calls = []
-    merge(*family, tmp_path / "out", max_shard_size="5KB", progress=lambda done, _: calls.append(done))
-    assert calls[0] == done + 1
+    merge(*family, out, weights, max_shard_size="5KB", progress=calls.append)
+    return calls[0].tensors
+
+
+def test_a_resumed_merge_does_only_what_is_left(tmp_path, family):
+    """Stopped after 9 tensors; one of them is harmed on the disk and is the only one of them that is made again."""
+    interrupted(family, tmp_path / "out", 9)
+    partial = tmp_path / "out.partial"
+    lines = (partial / JOURNAL).read_text().splitlines()
+    assert len(lines) == 1 + 9
+    name = json.loads(lines[4])["name"]
+    for path in partial.glob("*.safetensors"):
+        header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
+        if name in header:
+            data = bytearray(path.read_bytes())
+            data[8 + int.from_bytes(data[:8], "little") + header[name]["data_offsets"][0]] ^= 1
+            path.write_bytes(data)
+    (partial / JOURNAL).write_text("\n".join(lines) + '\n{"name": "cut in the mid')
+    assert tensors_at_start(family, tmp_path / "out") == 8
     merge(*family, tmp_path / "uninterrupted", max_shard_size="5KB")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "uninterrupted")
 
 
-@pytest.mark.parametrize("harm", ["journal", "shard", "branch", "weights"])
-def test_a_journal_that_does_not_fit_is_not_followed(tmp_path, family, monkeypatch, harm):
+@pytest.mark.parametrize("harm", ["journal", "shards", "branch", "weights"])
+def test_a_journal_that_does_not_fit_is_not_followed(tmp_path, family, harm):
     base, branches = family
-    monkeypatch.setattr(stream, "JOURNAL_BYTES", 1)
     interrupted(family, tmp_path / "out", 9)
     partial = tmp_path / "out.partial"
     weights = [0.2, 0.3, 0.5] if harm == "weights" else WEIGHTS_OF_3
     if harm == "journal":
         (partial / JOURNAL).write_text("{")
-    elif harm == "shard":
-        min(partial.glob("*.safetensors")).unlink()
+    elif harm == "shards":
+        for path in partial.glob("*.safetensors"):
+            path.unlink()
     elif harm == "branch":
         rewrite(branches[1], {"model.norm.weight": torch.full((16,), 3.0, dtype=torch.bfloat16)})
-    calls = []
-    merge(base, branches, tmp_path / "out", weights, max_shard_size="5KB", progress=lambda done, _: calls.append(done))
-    assert calls[0] == 1
+    assert tensors_at_start(family, tmp_path / "out", weights) == 0
     merge(base, branches, tmp_path / "fresh", weights, max_shard_size="5KB")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
@@ -562,7 +569,7 @@ def test_quantised_models_are_refused(tmp_path, family):
 
 
 def test_too_little_space_is_said_before_the_start(tmp_path, family, monkeypatch):
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     text = refused(OutputError, *family, tmp_path / "out")
     size = sum(t.numel() * 2 for t in tensors_of(family[0]).values())
     needed = int(text.split("It needs ")[1].split(" bytes")[0].replace(",", ""))
@@ -572,26 +579,23 @@ def test_too_little_space_is_said_before_the_start(tmp_path, family, monkeypatch
 
 def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, family, monkeypatch):
     base, branches = family
-    write, room = stream._write, [9000]
+    write, room = output._pwrite, [12000]
 
-    def full(file, data):
-        room[0] -= data.size
+    def full(file, data, at):
+        room[0] -= len(data)
         if room[0] < 0:
-            file.write(data[: data.size // 2].data)
+            write(file, data[: len(data) // 2], at)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(file, data)
+        return write(file, data, at)
 
-    monkeypatch.setattr(stream, "_write", full)
-    monkeypatch.setattr(stream, "JOURNAL_BYTES", 1)
+    monkeypatch.setattr(output, "_pwrite", full)
     with pytest.raises(OutputError) as caught:
         merge(base, branches, tmp_path / "out", max_shard_size="5KB")
     text = str(caught.value)
     assert "the disk is full" in text and "bytes are free" in text and str(tmp_path / "out.partial") in text
     assert not (tmp_path / "out").exists()
     room[0] = 10**9
-    calls = []
-    merge(base, branches, tmp_path / "out", max_shard_size="5KB", progress=lambda done, _: calls.append(done))
-    assert calls[0] > 1
+    assert tensors_at_start(family, tmp_path / "out") > 1
     merge(base, branches, tmp_path / "fresh", max_shard_size="5KB")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
@@ -617,7 +621,7 @@ def test_a_real_full_disk(tmp_path, family, monkeypatch):
     try:
         with pytest.raises(OutputError, match="too little space"):
             merge(*family, small / "out")
-        monkeypatch.setattr(stream, "_check_space", lambda *_: None)
+        monkeypatch.setattr(output.OutputFolder, "_check_space", lambda *_: None)
         with pytest.raises(OutputError, match="the disk is full"):
             merge(*family, small / "out")
         assert not (small / "out").exists()
@@ -672,7 +676,7 @@ def test_p3_base(tmp_path):
         nudged(AutoModelForCausalLM.from_pretrained(P3_BASE), k, 1e-3).save_pretrained(path, max_shard_size="3MB")
     weights = [0.4, 0.3, 0.2, 0.1]
     manifest = merge(P3_BASE, branches, tmp_path / "out", weights, made_from={"base": checkpoint_hash(P3_BASE)})
-    assert manifest.parameters == 2_362_304 and verify_manifest(tmp_path / "out") == []
+    assert manifest.parameters == 2_362_304 and verify_files(tmp_path / "out") == []
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     by_hand = AutoModelForCausalLM.from_pretrained(P3_BASE)
     models = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in branches]

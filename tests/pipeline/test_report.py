@@ -118,7 +118,7 @@ def fake_training(run: Path, plan: Plan, done: int = 4) -> None:
     if done == 4:
         MergeManifest(method="token_weighted", weights=[g.weight for g in plan.groups], dtype="float32",
                       parameters=2_400_000, displacement=3.91, branch_displacements=[7.2, 6.9, 7.7, 7.4], files={}
-                      ).save(run / "merged" / "anabranch-merge.json")
+                      ).save(run / "merged" / "manifest.json")
 
 
 def scores_of(names: list[str], level: float, spread: float, seed: int, shift: float) -> dict[str, UnitScore]:

@@ -8,10 +8,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,16 +23,31 @@ from anabranch.errors import CorruptedError, ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+              "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the header of a file says about a tensor. `dtype` in safetensors' spelling: F32, BF16, I64, .."""
+    """What the header of a file says about a tensor. `dtype` in safetensors' spelling: F32, BF16, I64, ..
+
+    `offset`: of its first byte in the file.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     file: str
+    offset: int = 0
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes; 0 for a dtype that is not known."""
+        return self.numel * ITEM_SIZES.get(self.dtype, 0)
 
 
 @dataclass(frozen=True)
@@ -40,26 +58,28 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     _files: dict[str, Any] = field(repr=False, compare=False)
+    _descriptors: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path, *, config_needed: bool = True) -> Checkpoint:
         """Read config.json and the headers of all weight files.
+
+        Without a config.json, and if none is needed, `config` is empty.
 
         Raises:
             ModelError: no such folder, no config.json, no weights in safetensors.
             CorruptedError: a file that is damaged, cut short, or missing though the index names it.
         """
-        files = weight_files(folder)
-        config = _read_json(folder / "config.json")
+        files = weight_files(folder, config_needed=config_needed)
+        config = _read_json(folder / "config.json") if config_needed or (folder / "config.json").is_file() else {}
         opened = {path.name: _open_weights(path) for path in files}
         tensors: dict[str, TensorInfo] = {}
         problems = []
-        for file, handle in opened.items():
-            for name in sorted(handle.keys()):
+        for file in opened:
+            for name, info in sorted(_header(folder / file).items()):
                 if name in tensors:
                     problems.append(f"tensor '{name}' stands in {tensors[name].file} and in {file}")
-                header = handle.get_slice(name)
-                tensors[name] = TensorInfo(tuple(header.get_shape()), header.get_dtype(), file)
+                tensors[name] = info
         if (folder / INDEX).exists():
             problems += _index_problems(_weight_map(folder), tensors)
         if problems:
@@ -78,6 +98,26 @@ class Checkpoint:
         except Exception as error:  # safetensors raises its own type, the operating system another
             raise CorruptedError(f"{self.folder / file}: tensor '{name}' cannot be read ({error}). "
                                  "Fetch or make this checkpoint again.") from error
+
+    def read_bytes(self, name: str, start: int, into: np.ndarray) -> None:
+        """Bytes of tensor `name` from byte `start` on, into an array: as many as it holds.
+
+        Into memory that is used again and again: fresh pages cost more than the copy. Any thread may call it.
+        Raises CorruptedError if they cannot be read.
+        """
+        info = self.tensors[name]
+        if info.file not in self._descriptors:
+            self._descriptors[info.file] = open(self.folder / info.file, "rb", buffering=0)  # noqa: SIM115 - kept open
+        handle, at, left = self._descriptors[info.file].fileno(), info.offset + start, into.view(np.uint8).data
+        while left:
+            try:
+                got = os.preadv(handle, [left], at)
+            except OSError as error:
+                raise CorruptedError(f"{self.folder / info.file}: tensor '{name}' cannot be read ({error}).") from error
+            if not got:
+                raise CorruptedError(f"{self.folder / info.file}: ends within tensor '{name}'; it was cut while it was read. "
+                                     "Fetch or make this checkpoint again.")
+            left, at = left[got:], at + got
 
     @property
     def ties_embeddings(self) -> bool:
@@ -100,7 +140,7 @@ class Checkpoint:
         return None
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, *, config_needed: bool = True) -> list[Path]:
     """The safetensors files that make up the model, by name; the index is not among them.
 
     Raises:
@@ -116,7 +156,7 @@ def weight_files(folder: Path) -> list[Path]:
                          "model. Delete the one that is left over.")
     if not (single or index):
         raise ModelError(_no_weights(folder))
-    if not (folder / "config.json").is_file():
+    if config_needed and not (folder / "config.json").is_file():
         raise ModelError(f"model folder {folder}: no config.json beside the weights, so nothing can load it. "
                          "Copy it from where the weights came from.")
     if single:
@@ -144,6 +184,15 @@ def _open_weights(path: Path) -> Any:
     except Exception as error:  # SafetensorError for a bad header or size, OSError for a bad disk
         raise CorruptedError(f"{path}: damaged or cut short ({error}; the file has {path.stat().st_size:,} bytes). "
                              "Fetch or make this file again.") from error
+
+
+def _header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file that safetensors has opened, and so has found sound."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {name: TensorInfo(tuple(entry["shape"]), entry["dtype"], path.name, 8 + size + entry["data_offsets"][0])
+            for name, entry in header.items() if name != "__metadata__"}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a merge will write, settled before the first number is read: which tensors, in which order, at which byte.
 
-Shards are filled in the order of the base's own shards, then by name. Inside a shard the widest dtypes come first,
-as safetensors itself lays files out, so that every tensor starts at a multiple of its item size.
+Files are filled by name, numbers in names counting as numbers, so that the way in which the inputs are cut into files
+shows nowhere. Inside a file the widest dtypes come first, as safetensors itself lays files out, so that every tensor
+starts at a multiple of its item size.
 """
 
 from __future__ import annotations
@@ -10,17 +11,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
-import torch
-
-from anabranch.engine.checkpoint import WEIGHTS, Checkpoint, TensorInfo
+from anabranch.engine.blocks import MERGED
+from anabranch.engine.checkpoint import ITEM_SIZES, WEIGHTS, Checkpoint
+from anabranch.engine.wanted import COPY, Wanted
 from anabranch.errors import ModelError, RecipeError, ShapeMismatch
 
-# Merged: widened to float32 without loss. Anything else that is listed is copied, and must be equal in all inputs.
-MERGED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ITEM_SIZES = {"I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-              "I8": 1, "U8": 1, "BOOL": 1}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -29,35 +25,31 @@ SHOWN = 40
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor of the result. `start` and `stop` count bytes from the end of its shard's header."""
+    """One tensor of the result. `start` and `stop` count bytes from the beginning of file number `shard`."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+    wanted: Wanted
+    shard: int
     start: int
     stop: int
 
     @property
-    def merged(self) -> bool:
-        """False for a buffer of integers or booleans, which is copied."""
-        return self.dtype in MERGED
+    def name(self) -> str:
+        return self.wanted.name
 
     @property
-    def numel(self) -> int:
-        return prod(self.shape)
+    def merged(self) -> bool:
+        """False for what is copied."""
+        return self.wanted.method != COPY
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the result: its header to the byte, and its tensors in the order in which they are written."""
+    """One file of the result: its header to the byte, its tensors in the order in which they stand, its size."""
 
     file: str
     header: bytes
     steps: tuple[Step, ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.header) + (self.steps[-1].stop if self.steps else 0)
+    size: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ class OutputPlan:
 
     @property
     def parameters(self) -> int:
-        return sum(step.numel for step in self.steps if step.merged)
+        return sum(step.wanted.numel for step in self.steps if step.wanted.dtype in MERGED)
 
     @property
     def index(self) -> bytes | None:
@@ -107,7 +99,7 @@ def line_up(base: Checkpoint, branches: Sequence[Checkpoint]) -> list[str]:
         raise ModelError(f"model folder {base.folder}: config.json has a `quantization_config`. Packed weights "
                              "cannot be averaged; load it dequantised and save that.")
     odd = [f"tensor '{name}' of {checkpoint.folder} is {info.dtype}" for checkpoint in (base, *branches)
-           for name, info in checkpoint.tensors.items() if info.dtype not in ITEM_SIZES]
+           for name, info in checkpoint.tensors.items() if info.dtype not in ITEM_SIZES or info.dtype.startswith(("F64", "F8"))]
     if odd:
         raise ModelError.of("these dtypes cannot be merged; save the models in float32, bfloat16 or float16:",
                                 _cut(odd))
@@ -163,50 +155,51 @@ def _cut(problems: list[str]) -> list[str]:
     return [*problems[:SHOWN], f".. and {more} more like these"] if more > 0 else problems
 
 
-def plan_output(base: Checkpoint, names: Sequence[str], dtype: str | None, max_shard_size: str) -> OutputPlan:
-    """Lay the result out in files of at most `max_shard_size` (a tensor larger than that gets a file of its own).
+def lay_out(wanted: Sequence[Wanted], max_shard_size: int) -> OutputPlan:
+    """Give each tensor its file and place; files hold at most `max_shard_size` bytes of tensors, or one larger tensor.
 
-    Args:
-        dtype: 'float32', 'bfloat16' or 'float16' for all merged tensors; None: each tensor's own in the base.
+    The order given does not matter.
     """
-    limit = parse_size(max_shard_size)
-    groups: list[list[tuple[str, TensorInfo]]] = [[]]
+    groups: list[list[Wanted]] = [[]]
     filled = 0
-    for name in names:
-        info = base.tensors[name]
-        if dtype is not None and info.dtype in MERGED:
-            info = TensorInfo(info.shape, DTYPES[dtype], info.file)
-        size = prod(info.shape) * ITEM_SIZES[info.dtype]
-        if groups[-1] and filled + size > limit:
+    for tensor in sorted(wanted, key=lambda t: natural(t.name)):
+        size = tensor.numel * ITEM_SIZES[tensor.dtype]
+        if groups[-1] and filled + size > max_shard_size:
             groups.append([])
             filled = 0
-        groups[-1].append((name, info))
+        groups[-1].append(tensor)
         filled += size
-    return OutputPlan(tuple(_shard(_file_name(i, len(groups)), group) for i, group in enumerate(groups)))
+    return OutputPlan(tuple(_shard(i, _file_name(i, len(groups)), group) for i, group in enumerate(groups)))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key: 'layers.2.' before 'layers.10.'."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _file_name(i: int, count: int) -> str:
     return WEIGHTS if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _shard(file: str, tensors: list[tuple[str, TensorInfo]]) -> Shard:
-    steps = []
-    start = 0
-    for name, info in sorted(tensors, key=lambda t: (-ITEM_SIZES[t[1].dtype], t[0])):
-        stop = start + prod(info.shape) * ITEM_SIZES[info.dtype]
-        steps.append(Step(name, info.shape, info.dtype, start, stop))
-        start = stop
-    entries = {s.name: {"dtype": s.dtype, "shape": list(s.shape), "data_offsets": [s.start, s.stop]} for s in steps}
+def _shard(number: int, file: str, group: list[Wanted]) -> Shard:
+    placed = []
+    end = 0
+    for tensor in sorted(group, key=lambda t: (-ITEM_SIZES[t.dtype], t.name)):
+        begin, end = end, end + tensor.numel * ITEM_SIZES[tensor.dtype]
+        placed.append((tensor, begin, end))
+    entries = {t.name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [begin, stop]} for t, begin, stop in placed}
     text = json.dumps({"__metadata__": {"format": "pt"}} | entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return Shard(file, len(text).to_bytes(8, "little") + text, tuple(steps))
+    header = len(text).to_bytes(8, "little") + text
+    steps = tuple(Step(t, number, len(header) + begin, len(header) + stop) for t, begin, stop in placed)
+    return Shard(file, header, steps, len(header) + end)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of '5GB' (10^9) or '2GiB' (2^30). Raises RecipeError."""
+def parse_size(text: str, where: str = "merge.max_shard_size") -> int:
+    """Bytes of '5GB' (10^9) or '2GiB' (2^30). Raises RecipeError that names `where` it stood."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)\s*", text, flags=re.IGNORECASE)
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match and match[2].upper() in UNITS else 0
     if size <= 0:
-        raise RecipeError(f"merge.max_shard_size: got {text!r}, wanted a size above zero such as 5GB, 500MB or 2GiB")
+        raise RecipeError(f"{where}: got {text!r}, wanted a size above zero such as 5GB, 500MB or 2GiB")
     return size
 

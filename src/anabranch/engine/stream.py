@@ -1,27 +1,20 @@
-"""A merge, one tensor at a time, into a folder that appears only when it is whole.
+"""A merge, tensor by tensor and block by block, into a folder that appears only when it is whole.
 
-    for step in plan:                         order fixed by the plan
-        stack = every branch's tensor         float32, one reused buffer
-        out   = method(stack, base, weights)  float32
-        write round(out)                      output dtype, checked finite
+    for step in plan:                         order fixed by the plan; several workers take the next step each
+        for block in step:                    every input's numbers, float32, in reused buffers
+            out = method(block)               float32; sums and ranks over the whole tensor are found in earlier passes
+            write round(out)                  output dtype, checked finite, at the place that the plan gave it
 
-Everything is written in `OUT.partial` and that folder is renamed to `OUT` at the end. A journal in it says how many
-tensors are safely on the disk, so a merge that was killed goes on there and gives the same bytes.
+The kernel reads ahead and writes behind, and one worker computes while another waits for it. Nothing depends on how
+many workers there are, on how large a block is, or on what was written before a kill.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-import os
-import shutil
+import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from io import FileIO
-from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,418 +22,344 @@ import torch
 from torch import Tensor
 
 import anabranch.merge as maths
-from anabranch.artifacts import MergeManifest, digest, file_digest, write_atomically
-from anabranch.engine.checkpoint import INDEX, PICKLES, Checkpoint, weight_files
-from anabranch.engine.plan import DTYPES, ITEM_SIZES, MERGED, OutputPlan, Shard, Step, label, line_up, plan_output
-from anabranch.errors import AnabranchError, CorruptedError, OutputError, RecipeError, closest
-
-MANIFEST = "anabranch-merge.json"
-JOURNAL = ".merge-journal.json"
-# Bytes written between two entries of the journal: what a kill can cost. Each entry flushes the disk, so not too few.
-JOURNAL_BYTES = 256 * 2**20
-# What the base brings along. Its card, training state and pickles are not among it: they describe another model.
-CARRIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*",
-           "*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja", "*processor_config.json")
+from anabranch.engine.blocks import MERGED, STORED, Buffers, PlainReader, Reader, TensorStack, new_hash, uniform
+from anabranch.engine.checkpoint import ITEM_SIZES, Checkpoint
+from anabranch.engine.memory import Budget, MemoryPlan, kind_of, plan_memory
+from anabranch.engine.output import Done, OutputFolder, begin_hash
+from anabranch.engine.plan import OutputPlan, Step
+from anabranch.engine.wanted import Input, Source
+from anabranch.errors import AnabranchError, CorruptedError, RecipeError
+from anabranch.merge.select import largest, magnitudes
+from anabranch.merge.stack import CHUNK, Block, Blockwise, ModelStack
 
 
-@dataclass
-class _Journal:
-    """Tensors done, in the plan's order, and the sums over them; `squares`: merged, then each branch, against base."""
+# Bytes of a result from which on the fused kernels are worth half a second for loading them.
+FUSED_FROM = 100 * 10**6
 
-    plan: str
+
+@dataclass(frozen=True)
+class Merge:
+    """Everything that decides the bytes of the result.
+
+    readers    (number of an input, tensor) -> how to read it, where that is not simply what its file holds: an adapter
+               folded in, rows moved
+    fisher     number of an input -> the checkpoint that holds its Fisher information
+    """
+
+    inputs: tuple[Input, ...]
+    opened: tuple[Checkpoint, ...]
+    plan: OutputPlan
+    seed: int = 0
+    readers: Mapping[tuple[int, str], Callable[[Buffers], Reader]] = field(default_factory=dict)
+    fisher: Mapping[int, Checkpoint] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What changes speed and memory, never a byte. `memory`: bytes, of the whole process, anonymous; `fused`: whether to use
+    the fused kernels, None for merges that are large enough to pay for loading them."""
+
+    threads: int = 2
+    memory: int = 2 * 10**9
+    device: str = "cpu"
+    displacements: bool = False
+    allow_nonfinite: bool = False
+    fused: bool | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Bytes of the result, done and in all; and tensors finished."""
+
     done: int
-    squares: list[float]
+    total: int
+    tensors: int
 
-    def save(self, folder: Path) -> None:
-        write_atomically(folder / JOURNAL, json.dumps(vars(self)).encode())
+
+def stream(merge: Merge, output: OutputFolder | None, settings: Settings,
+           progress: Callable[[Progress], None] | None = None) -> dict[str, Done]:
+    """Compute every step, and write it where there is an `output`, which must be open. Tensor -> Done, in plan order.
+
+    Raises CorruptedError for an input that is damaged or holds a NaN or an infinity, RecipeError for a memory limit that
+    is too small, or for a result that is not finite though its inputs are.
+    """
+    finished = dict(output.done) if output is not None else {}
+    steps = [step for step in merge.plan.steps if step.name not in finished]
+    job = _Job(merge, output, settings, plan_memory(steps, settings.memory, settings.threads), finished)
+    total = sum(step.stop - step.start for step in merge.plan.steps)
+    done = total - sum(step.stop - step.start for step in steps)
+    threads = torch.get_num_threads()
+    try:
+        job.find_cuts()
+        for step, result in _worked(job, steps):
+            if isinstance(result, int):
+                done += result
+            else:
+                finished[step.name] = result
+                if output is not None:
+                    with output.writing():
+                        output.finished(step, result)
+            if progress is not None:
+                progress(Progress(done, total, len(finished)))
+    finally:
+        torch.set_num_threads(threads)
+    return {step.name: finished[step.name] for step in merge.plan.steps}
+
+
+def branch_keys(inputs: Sequence[Input]) -> list[str]:
+    """The name under which each input draws random numbers: the last part of its label where that is unique."""
+    short = [one.label.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] for one in inputs]
+    return [name if short.count(name) == 1 else one.label for name, one in zip(short, inputs, strict=True)]
+
+
+def _worked(job: _Job, steps: Sequence[Step]) -> Iterator[tuple[Step, int | Done]]:
+    """(step, bytes of it newly done) and (step, Done), as the workers tell them. Their first error is raised here."""
+    told: queue.SimpleQueue[tuple[Step | None, Any]] = queue.SimpleQueue()
+    left, lock = iter(steps), threading.Lock()
+
+    def work() -> None:
+        torch.set_num_threads(1)  # of this thread; sums must not depend on how many there are
+        buffers = Buffers()
+        try:
+            while not job.stopped:
+                with lock:
+                    step = next(left, None)
+                if step is None:
+                    break
+                told.put((step, job.merged(step, buffers, told)))
+        except _Stopped:
+            pass
+        except BaseException as error:  # it is raised again below, in the thread that waits
+            job.stopped = True
+            told.put((None, error))
+        told.put((None, None))
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(max(1, min(job.settings.threads, len(steps))))]
+    for worker in workers:
+        worker.start()
+    running, failed = len(workers), None
+    try:
+        while running:
+            step, result = told.get()
+            if step is not None and failed is None:
+                yield step, result
+            elif step is None and result is None:
+                running -= 1
+            elif step is None:
+                failed = failed or result
+        if failed is not None:
+            raise failed
+    finally:
+        job.stopped = True
+        for worker in workers:
+            worker.join()
+
+
+class _Stopped(Exception):
+    """Another worker failed, or the caller gave up."""
 
 
 @dataclass
 class _Job:
-    """One merge, checked and planned. `_stack`, `_base`, `_rounded` are the buffers that every tensor reuses."""
+    """A merge being computed."""
 
-    method: maths.MergeMethod
-    arguments: dict[str, maths.Argument]
-    weights: list[float]
-    base: Checkpoint
-    branches: list[Checkpoint]
-    plan: OutputPlan
-    carried: dict[str, Path | bytes]
-    out: Path
-    _stack: Tensor = field(init=False)
-    _base: Tensor = field(init=False)
-    _rounded: Tensor = field(init=False)
+    merge: Merge
+    output: OutputFolder | None
+    settings: Settings
+    memory: MemoryPlan
+    finished: dict[str, Done]
+    stopped: bool = False
+    cuts: dict[Any, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        largest = max((step.numel for step in self.plan.steps if step.merged), default=0)
-        self._stack = torch.empty(len(self.branches) * largest)
-        self._base = torch.empty(largest)
-        self._rounded = torch.empty(4 * largest, dtype=torch.uint8)
+        self.keys = branch_keys(self.merge.inputs)
+        self.budget = Budget(self.memory.room)
+        self.lock = threading.Lock()
+        size = sum(step.stop - step.start for step in self.merge.plan.steps)
+        self.fused = size >= FUSED_FROM if self.settings.fused is None else self.settings.fused
+        self.hashed = {key for done in self.finished.values() for key in done.inputs}
 
-    @property
-    def partial(self) -> Path:
-        return self.out.with_name(self.out.name + ".partial")
+    def merged(self, step: Step, buffers: Buffers, told: queue.SimpleQueue) -> Done:
+        """Compute and write one tensor."""
+        need = self.memory.needs[step.name]
+        self.budget.acquire(need)
+        try:
+            return (self._merged if step.merged else self._copied)(step, buffers, told)
+        finally:
+            if kind_of(step) == "tensor":
+                buffers.drop()
+            self.budget.release(need)
 
-    @property
-    def size(self) -> int:
-        """Bytes of the whole result, its manifest aside."""
-        return self.plan.size + sum(len(source) if isinstance(source, bytes) else source.stat().st_size
-                                    for source in self.carried.values())
+    def _merged(self, step: Step, buffers: Buffers, told: queue.SimpleQueue) -> Done:
+        stack = self._stack(step, buffers)
+        method, arguments = maths.method_named(step.wanted.method), dict(step.wanted.arguments)
+        inputs = self._inputs(step, method)
+        squares = _Squares(len(step.wanted.branches)) if self.settings.displacements else None
+        hasher, size = begin_hash(step), ITEM_SIZES[step.wanted.dtype]
+        with torch.no_grad():
+            if method.streamed is not None:
+                blockwise = method.streamed(stack, *(inputs[name] for name in method.inputs if name in inputs), **arguments)
+            else:
+                def blockwise(block: Block) -> Tensor:
+                    of_block = inputs | {"branches": block.branches, "base": block.base, "draws": block.draws,
+                                         "fisher": block.fisher}
+                    return method.function(*(of_block[name] for name in method.inputs), **arguments)
 
-    def merged(self, step: Step) -> tuple[np.ndarray, list[float]]:
-        """(the bytes of one tensor of the result, squared displacements of merged and of each branch)."""
-        if not step.merged:
-            return _bytes_of(self.base.read(step.name)), [0.0] * (1 + len(self.branches))
-        stack = self._stack[: len(self.branches) * step.numel].view(len(self.branches), *step.shape)
-        base = self._base[: step.numel].view(step.shape)
-        base.copy_(self.base.read(step.name))
-        for row, branch in zip(stack, self.branches, strict=True):
-            row.copy_(branch.read(step.name))
-        exact = _call(self.method, {"branches": stack, "base": base, "weights": torch.tensor(self.weights)},
-                      self.arguments)
-        if (exact.shape, exact.dtype) != (base.shape, base.dtype):
-            raise TypeError(f"{self.method.name} gave {exact.dtype} {tuple(exact.shape)} for {tuple(base.shape)}")
-        rounded = self._rounded[: step.numel * ITEM_SIZES[step.dtype]].view(MERGED[step.dtype]).view(step.shape)
+            hashes = self._begin_input_hashes(stack)
+            # A method's function may have a fused form, which gives the same bits or says that they are not finite.
+            fast = getattr(blockwise, "fused", None) if squares is None and stack.fusible and step.wanted.dtype in STORED else None
+            for start, stop in stack.ranges():
+                rounded = buffers.take("rounded", stop - start, MERGED[step.wanted.dtype])
+                if fast is None:
+                    self._plain(step, stack, blockwise, start, stop, rounded, squares)
+                elif not fast(start, *stack.stored(start, stop), numbers(rounded)):
+                    self._plain(step, stack, blockwise, start, stop, rounded, None)
+                self._put(step, start * size, rounded.view(torch.uint8).numpy(), hasher, told)
+        return Done(hasher.hexdigest(), {key: reader.hasher.hexdigest() for key, reader in hashes.items()},
+                    squares.values if squares is not None else [])
+
+    def _plain(self, step: Step, stack: TensorStack, blockwise: Blockwise, start: int, stop: int, rounded: Tensor,
+               squares: _Squares | None) -> None:
+        """One block, as the method defines it, rounded and checked."""
+        block = stack.block(start, stop)
+        exact = blockwise(block).reshape(-1)
+        if (exact.numel(), exact.dtype) != (stop - start, torch.float32):
+            raise TypeError(f"{step.wanted.method} gave {exact.dtype} {exact.numel()} numbers for {stop - start}")
         rounded.copy_(exact)
-        if not bool(torch.isfinite(rounded).all()):
-            raise self._not_finite(step, stack, base)
-        return _bytes_of(rounded), [maths.squared_distance(t, base) for t in (exact, *stack)]
+        if not self.settings.allow_nonfinite and not finite(rounded):
+            raise self._not_finite(step, block)
+        if squares is not None:
+            squares.add(exact, block)
 
-    def _not_finite(self, step: Step, stack: Tensor, base: Tensor) -> AnabranchError:
-        inputs = {f"the base ({self.base.folder})": base} | {
-            label(k, branch): row for k, (branch, row) in enumerate(zip(self.branches, stack, strict=True))}
-        lines = [f"{who}: {int(row.isnan().sum())} NaN and {int(row.isinf().sum())} infinite of {row.numel()} numbers"
-                 for who, row in inputs.items() if not bool(torch.isfinite(row).all())]
+    def _copied(self, step: Step, buffers: Buffers, told: queue.SimpleQueue) -> Done:
+        """The bytes of the first source, after comparing them with all others'."""
+        readers = [PlainReader(self.merge.opened[s.input], s.name, buffers, f"raw-{i}", f"{s.input} {s.name}")
+                   for i, s in enumerate(step.wanted.sources)]
+        hasher, size = begin_hash(step), ITEM_SIZES[step.wanted.dtype]
+        stack = TensorStack(step.wanted.shape, readers, None, (), "entry", self.memory.entries, buffers)
+        hashes = self._begin_input_hashes(stack)
+        for start, stop in stack.ranges():
+            first, *others = [reader.read_raw(start, stop) for reader in readers]
+            for source, other in zip(step.wanted.sources[1:], others, strict=True):
+                if not other.equal(first):
+                    raise RecipeError(f"tensor '{step.name}': {self._label(source)} has other numbers in it than "
+                                      f"{self._label(step.wanted.sources[0])}; a buffer of {step.wanted.dtype} can only be "
+                                      "kept where all are equal.")
+            self._put(step, start * size, first.numpy(), hasher, told)
+        return Done(hasher.hexdigest(), {key: reader.hasher.hexdigest() for key, reader in hashes.items()}, [])
+
+    def _put(self, step: Step, at: int, data: np.ndarray, hasher: Any, told: queue.SimpleQueue) -> None:
+        hasher.update(data)
+        if self.output is not None:
+            with self.output.writing():
+                self.output.write(step, at, data)
+        told.put((step, len(data)))
+        if self.stopped:
+            raise _Stopped
+
+    def _stack(self, step: Step, buffers: Buffers) -> TensorStack:
+        wanted = step.wanted
+        method = maths.method_named(wanted.method)
+        draw = None
+        if "draws" in method.inputs:
+            draw = uniform(self.merge.seed, [self.keys[s.input] for s in wanted.branches], wanted.name)
+        fisher: list[Reader] = []
+        if "fisher" in method.inputs:
+            fisher = [PlainReader(self.merge.fisher[s.input], s.name, buffers, f"raw-fisher-{i}")
+                      for i, s in enumerate(wanted.branches)]
+        return TensorStack(wanted.shape, [self._reader(s, buffers, f"raw-{i}") for i, s in enumerate(wanted.branches)],
+                           self._reader(wanted.base, buffers, "raw-base") if wanted.base and method.takes_base else None,
+                           fisher, kind_of(step), self.memory.entries, buffers, draw, self.settings.device, self.fused)
+
+    def _reader(self, source: Source, buffers: Buffers, place: str) -> Reader:
+        special = self.merge.readers.get((source.input, source.name))
+        if special is not None:
+            return special(buffers)
+        return PlainReader(self.merge.opened[source.input], source.name, buffers, place, f"{source.input} {source.name}")
+
+    def _inputs(self, step: Step, method: maths.MergeMethod) -> dict[str, Any]:
+        """What does not change from block to block."""
+        inputs: dict[str, Any] = {"depth": step.wanted.depth}
+        if "weights" in method.inputs:
+            inputs["weights"] = torch.tensor(step.wanted.weights, dtype=torch.float32, device=self.settings.device)
+        if method.cuts_from is not None:
+            inputs["cuts"] = torch.tensor(self.cuts[_cut_key(step)], dtype=torch.float32, device=self.settings.device)
+        return inputs
+
+    def find_cuts(self) -> None:
+        """For methods that rank over the whole model: a pass over all their tensors, before the first is merged."""
+        together: dict[Any, list[Step]] = {}
+        for step in self.merge.plan.steps:
+            if step.merged and maths.method_named(step.wanted.method).cuts_from is not None:
+                together.setdefault(_cut_key(step), []).append(step)
+        for key, steps in together.items():
+            *_, densities = key
+            torch.set_num_threads(1)
+            buffers = Buffers()
+            stack = ModelStack([self._stack(step, buffers) for step in steps])
+            with torch.no_grad():
+                found = largest(stack, magnitudes, [[int(density * stack.numel)] for density in densities])
+            self.cuts[key] = [cut.value for (cut,) in found]
+
+    def _begin_input_hashes(self, stack: TensorStack) -> dict[str, PlainReader]:
+        """Have the readers of a stack hash what they read from now on, for tensors that no step has hashed yet."""
+        begun: dict[str, PlainReader] = {}
+        with self.lock:
+            for reader in [*stack.branches, *([stack.base] if stack.base else [])]:
+                if isinstance(reader, PlainReader) and reader.key is not None and reader.key not in self.hashed:
+                    self.hashed.add(reader.key)
+                    reader.hasher = new_hash()
+                    begun[reader.key] = reader
+        return begun
+
+    def _label(self, source: Source) -> str:
+        return self.merge.inputs[source.input].label
+
+    def _not_finite(self, step: Step, block: Block) -> AnabranchError:
+        rows = [*zip(step.wanted.branches, block.branches, strict=True)]
+        if step.wanted.base is not None and block.base is not None:
+            rows.append((step.wanted.base, block.base))
+        lines = [f"{self._label(source)}: {int(row.isnan().sum())} NaN and {int(row.isinf().sum())} infinite of "
+                 f"{row.numel()} numbers read together" for source, row in rows if not bool(torch.isfinite(row).all())]
         if lines:
-            return CorruptedError.of(f"tensor '{step.name}' cannot be merged:",
-                                     [*lines, "A branch that diverged must be trained again (a smaller learning rate "
-                                              "helps); a damaged file must be fetched again."])
-        return RecipeError(f"tensor '{step.name}': all inputs are finite, but {self.method.name} gives numbers that "
-                           f"{step.dtype} cannot hold. Set `merge.dtype` to bfloat16 or float32.")
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turns what the operating system says while writing into one message with the sizes in it."""
-        try:
-            yield
-        except (OSError, OutputError) as error:
-            raise OutputError(self.no_room(_reason(error))) from error
-
-    def no_room(self, reason: str) -> str:
-        present = sum(p.stat().st_size for p in self.partial.rglob("*") if p.is_file() and p.name != JOURNAL)
-        free = shutil.disk_usage(_existing_parent(self.out)).free
-        kept = (f" What is written so far ({present:,} bytes) stays in {self.partial} and will be used; delete that "
-                "folder if you give up." if present else "")
-        return (f"cannot write the merged model {self.out}: {reason}. It needs {self.size:,} bytes, of which "
-                f"{max(0, self.size - present):,} are still to be written; {free:,} bytes are free there. Free space, "
-                f"or change `output`, and run the same command again.{kept}")
+            return CorruptedError.of(
+                f"tensor '{step.name}' cannot be merged:",
+                [*lines, "A branch that diverged must be trained again (a smaller learning rate helps); a damaged file must "
+                         "be fetched again. (`--allow-nonfinite` merges them as they are.)"])
+        return RecipeError(f"tensor '{step.name}': all inputs are finite, but {step.wanted.method} gives numbers that "
+                           f"{step.wanted.dtype} cannot hold. Write the result in bfloat16 or float32 (`out_dtype`; in a "
+                           "recipe `merge.dtype`).")
 
 
-def merge_checkpoints(
-    method: str,
-    base: Path,
-    branches: list[Path],
-    weights: list[float],
-    out: Path,
-    *,
-    dtype: str | None = None,
-    max_shard_size: str = "5GB",
-    parameters: dict[str, Any] | None = None,
-    made_from: dict[str, str],
-    progress: Callable[[int, int], None] | None = None,
-) -> MergeManifest:
-    """Merge `branches` with `weights` into the model folder `out`, computing in float32 and rounding once.
-
-    The result holds the base's tensors, its tokenizer and config files, and a manifest; AutoModelForCausalLM loads it.
-    Integer and boolean buffers are copied. The same inputs give the same bytes, also after a kill and another call.
-    Where `out` already holds just this merge, its manifest is returned and nothing is done.
-
-    Args:
-        method: a registered merge method.
-        base: the model folder that all branches started from.
-        branches: k model folders, in the plan's order.
-        weights: k numbers; token_weighted wants w_k = N_k / sum N_j, in [0, 1] and summing to one.
-        out: the folder to make.
-        dtype: of the result: 'float32', 'bfloat16', 'float16', or None for each tensor's own in the base.
-        max_shard_size: '5GB' (10^9), '2GiB' (2^30).
-        parameters: the method's own, by name.
-        made_from: name of an input -> its hash, for the manifest; checking them is the caller's.
-        progress: called with (tensors done, tensors in all) after each tensor.
-    Raises:
-        RecipeError: unknown method, parameter, dtype or size; weights that the method refuses; a dtype too narrow.
-        ModelError, CorruptedError: an input that is not there or damaged, or that holds a NaN or an infinity.
-        ShapeMismatch: inputs whose tensors do not line up, all of them in one message.
-        OutputError: no space, no permission, `out` holds something else, or another merge is writing it.
-    """
-    record = maths.method_named(method)
-    arguments = maths.arguments_for(record, parameters or {})
-    _check_request(record, arguments, branches, weights, dtype)
-    origin = Checkpoint.open(base)
-    wanted = {"method": method, "arguments": arguments, "weights": weights, "made_from": made_from,
-              "dtype": dtype or _dtypes(origin)}
-    if (finished := _already_there(out, wanted)) is not None:
-        return finished
-    opened = [Checkpoint.open(branch) for branch in branches]
-    plan = plan_output(origin, line_up(origin, opened), dtype, max_shard_size)
-    job = _Job(record, arguments, weights, origin, opened, plan, _carried(origin, plan, dtype), out)
-    key = digest([wanted, [shard.header.hex() for shard in plan.shards], _fingerprint([base, *branches])])
-    with _locked(job):
-        journal = _resumed(job, key)
-        _check_space(job, journal)
-        try:
-            _stream(job, journal, progress)
-        except OutputError:
-            raise
-        except AnabranchError:  # the inputs are at fault, and mended ones will not fit what is written
-            shutil.rmtree(job.partial)
-            raise
-        return _finish(job, journal, wanted)
+def _cut_key(step: Step) -> Any:
+    method = maths.method_named(step.wanted.method)
+    densities = maths.one_each(dict(step.wanted.arguments)[method.cuts_from], len(step.wanted.branches))  # type: ignore
+    return (step.wanted.method, tuple(s.input for s in step.wanted.branches),
+            step.wanted.base.input if step.wanted.base else None, tuple(densities))
 
 
-def verify_manifest(folder: Path) -> list[str]:
-    """What is wrong with a merged folder, by its manifest: files missing, changed, or weights that were added."""
-    try:
-        manifest = MergeManifest.load(folder / MANIFEST)
-    except CorruptedError as error:
-        return [str(error)]
-    problems = []
-    for name, wanted in manifest.files.items():
-        if not (folder / name).is_file():
-            problems.append(f"{folder / name}: missing")
-        elif (got := file_digest(folder / name)) != wanted:
-            problems.append(f"{folder / name}: changed since the merge (SHA-256 {got[:12]}, wanted {wanted[:12]})")
-    added = {p.name for p in folder.glob("*.safetensors")} - manifest.files.keys()
-    return problems + [f"{folder / name}: not made by the merge" for name in sorted(added)]
+@dataclass
+class _Squares:
+    """Squared distances from the base: the result's, then each branch's. Added chunk by chunk, so that no cut shows."""
+
+    values: list[float]
+
+    def __init__(self, k: int) -> None:
+        self.values = [0.0] * (1 + k)
+
+    def add(self, merged: Tensor, block: Block) -> None:
+        assert block.base is not None
+        base = block.base.reshape(-1)
+        for i, row in enumerate([merged, *block.branches.reshape(len(block.branches), -1)]):
+            for start in range(0, len(base), CHUNK):
+                self.values[i] += maths.squared_distance(row[start : start + CHUNK], base[start : start + CHUNK])
 
 
-def _check_request(method: maths.MergeMethod, arguments: Mapping[str, maths.Argument], branches: Sequence[Path],
-                   weights: Sequence[float], dtype: str | None) -> None:
-    """Raises RecipeError. The method itself judges weights and arguments, on tensors of one number, before any read."""
-    if not branches:
-        raise RecipeError("merge: no branch was given, wanted at least one.")
-    if len(weights) != len(branches):
-        raise RecipeError(f"merge: got {len(weights)} weights for {len(branches)} branches, wanted one each.")
-    if dtype is not None and dtype not in DTYPES:
-        raise RecipeError(f"merge.dtype: `{dtype}` cannot be written.{closest(dtype, DTYPES)}")
-    try:
-        _call(method, {"branches": torch.zeros(len(branches), 1), "base": torch.zeros(1),
-                       "weights": torch.tensor(weights, dtype=torch.float32)}, arguments)
-    except ValueError as error:
-        raise RecipeError(f"merge method {method.name}: {error}") from error
+def numbers(rounded: Tensor) -> np.ndarray:
+    """As the fused kernels write them."""
+    return rounded.view(torch.int16).numpy().view(np.uint16) if rounded.dtype == torch.bfloat16 else rounded.numpy()
 
 
-def _call(method: maths.MergeMethod, inputs: Mapping[str, Tensor], arguments: Mapping[str, maths.Argument]) -> Tensor:
-    with torch.no_grad():
-        return method.function(*(inputs[name] for name in method.inputs), **arguments)
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _dtypes(base: Checkpoint) -> str:
-    names = {spelling: name for name, spelling in DTYPES.items()}
-    return ", ".join(sorted({names[info.dtype] for info in base.tensors.values() if info.dtype in names}))
-
-
-def _fingerprint(folders: Sequence[Path]) -> list[list[Any]]:
-    """Tells changed inputs for the journal, without reading them. Never part of an artifact."""
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for f in folders for path in weight_files(f)]
-
-
-# --- the output folder ---
-
-
-def _already_there(out: Path, wanted: Mapping[str, Any]) -> MergeManifest | None:
-    """The manifest in `out`, if that is this very merge; None if `out` is free. Raises OutputError otherwise."""
-    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
-        return None
-    remedy = "Make it anew (`--from merge`), or choose another `output`; nothing was changed."
-    try:
-        manifest = MergeManifest.load(out / MANIFEST)
-    except CorruptedError as error:
-        raise OutputError(f"{out} is already there, and no readable {MANIFEST} says what it is. {remedy}") from error
-    differing = [f"{key}: {getattr(manifest, key)!r} there, {value!r} wanted now"
-                 for key, value in wanted.items() if getattr(manifest, key) != value]
-    if problems := differing or verify_manifest(out):
-        raise OutputError.of(f"{out} already holds another or a damaged merge. {remedy}", problems)
-    return manifest
-
-
-@contextmanager
-def _locked(job: _Job) -> Iterator[None]:
-    """The temporary folder, made, and held against a second merge into it. The lock goes with the process."""
-    handle = -1
-    try:
-        job.partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(job.partial, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise OutputError(f"another merge is writing {job.out}. Wait for it, or choose another `output`.") from error
-    except OSError as error:
-        if handle < 0:
-            raise OutputError(job.no_room(_reason(error))) from error
-        # A file system without locks: go on unprotected.
-    try:
-        if not job.partial.is_dir():
-            raise OutputError(f"another merge has just finished {job.out}. Run the same command again.")
-        yield
-    finally:
-        os.close(handle)
-
-
-def _resumed(job: _Job, key: str) -> _Journal:
-    """Where to go on: the journal of the temporary folder if it is of this plan and its files are there, else zero."""
-    names = {path.name for path in job.partial.iterdir()}
-    ours = JOURNAL in names or MANIFEST in names or all(name.startswith(f".{JOURNAL}") for name in names)
-    if not ours:
-        raise OutputError(f"{job.partial} is needed for writing, and holds files that no merge put there. Move them "
-                          "away or choose another `output`.")
-    try:
-        found = _Journal(**json.loads((job.partial / JOURNAL).read_text()))
-        if found.plan == key and _holds(job, found.done):
-            return found
-    except (OSError, ValueError, TypeError):
-        pass  # no journal, or half a journal: begin again
-    with job.writing():
-        begun = _Journal(key, 0, [0.0] * (1 + len(job.branches)))
-        begun.save(job.partial)  # first: it is what marks the folder as ours
-        for path in [p for p in job.partial.iterdir() if p.name != JOURNAL]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return begun
-
-
-def _holds(job: _Job, done: int) -> bool:
-    """Whether the temporary folder has the bytes of the first `done` tensors."""
-    for shard in job.plan.shards:
-        here = shard.steps[:done]
-        path = job.partial / shard.file
-        if here and (not path.is_file() or path.stat().st_size < len(shard.header) + here[-1].stop):
-            return False
-        done -= len(here)
-    return True
-
-
-def _check_space(job: _Job, journal: _Journal) -> None:
-    written = sum(step.stop - step.start for step in job.plan.steps[: journal.done])
-    if job.size - written > shutil.disk_usage(job.partial).free:
-        if journal.done == 0:
-            shutil.rmtree(job.partial)  # it holds a journal and nothing else
-        raise OutputError(job.no_room("the disk has too little space"))
-
-
-def _stream(job: _Job, journal: _Journal, progress: Callable[[int, int], None] | None) -> None:
-    total = len(job.plan.steps)
-    first = unsaved = 0
-    for shard in job.plan.shards:
-        skip = min(len(shard.steps), max(0, journal.done - first))
-        first += len(shard.steps)
-        if skip == len(shard.steps) > 0:
-            continue
-        with job.writing():
-            file = _opened(job.partial / shard.file, shard, skip)
-        with file:
-            for step in shard.steps[skip:]:
-                data, squares = job.merged(step)
-                journal.done += 1
-                journal.squares = [a + b for a, b in zip(journal.squares, squares, strict=True)]
-                unsaved += data.size
-                with job.writing():
-                    _write(file, data)
-                    if unsaved >= JOURNAL_BYTES or journal.done == first:
-                        os.fsync(file.fileno())  # data before the journal that vouches for it
-                    if unsaved >= JOURNAL_BYTES:
-                        journal.save(job.partial)
-                        unsaved = 0
-                if progress is not None:
-                    progress(journal.done, total)
-
-
-def _opened(path: Path, shard: Shard, skip: int) -> FileIO:
-    """The shard's file, standing behind its first `skip` tensors; whatever a kill left after them is cut off."""
-    file = open(path, "r+b" if skip else "wb", buffering=0)  # noqa: SIM115 - the caller's `with` closes it
-    if skip:
-        file.truncate(file.seek(len(shard.header) + shard.steps[skip - 1].stop))
-    else:
-        _write(file, np.frombuffer(shard.header, dtype=np.uint8))
-    return file
-
-
-def _write(file: FileIO, data: np.ndarray) -> None:
-    """All of it: one system call may take less."""
-    left = data.data
-    while left:
-        left = left[file.write(left):]
-
-
-def _finish(job: _Job, journal: _Journal, wanted: Mapping[str, Any]) -> MergeManifest:
-    """Side files, manifest, and the rename that makes the folder appear."""
-    with job.writing():
-        for name, source in job.carried.items():
-            write_atomically(job.partial / name, source if isinstance(source, bytes) else source.read_bytes())
-        expected = {shard.file for shard in job.plan.shards} | job.carried.keys()
-        for path in [p for p in job.partial.rglob("*") if p.is_file()]:
-            name = path.relative_to(job.partial).as_posix()
-            if name not in expected and name != JOURNAL:
-                path.unlink()  # left over from a kill
-        manifest = MergeManifest(
-            **{**wanted, "made_from": dict(sorted(wanted["made_from"].items()))},
-            parameters=job.plan.parameters,
-            displacement=sqrt(journal.squares[0]),
-            branch_displacements=[sqrt(square) for square in journal.squares[1:]],
-            files={name: file_digest(job.partial / name) for name in sorted(expected)},
-        )
-        manifest.save(job.partial / MANIFEST)
-        (job.partial / JOURNAL).unlink()
-        _flush_folder(job.partial)
-        os.rename(job.partial, job.out)
-        _flush_folder(job.out.parent)
-    return manifest
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some file systems cannot
-            os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _carried(base: Checkpoint, plan: OutputPlan, dtype: str | None) -> dict[str, Path | bytes]:
-    """Name in the result -> the base's file, or new bytes."""
-    patterns = [*CARRIED, *(["*.py"] if "auto_map" in base.config else [])]
-    files: dict[str, Path | bytes] = {
-        path.relative_to(base.folder).as_posix(): path
-        for pattern in patterns for path in base.folder.glob(pattern)
-        if path.is_file() and not path.name.endswith((*PICKLES, ".safetensors"))
-    }
-    config = _with_dtype(base.config, dtype) if dtype else base.config
-    if dtype and not {"dtype", "torch_dtype"} & config.keys():
-        config = config | {"dtype": dtype}
-    files["config.json"] = (base.folder / "config.json" if config == base.config
-                            else (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
-    if plan.index is not None:
-        files[INDEX] = plan.index
-    return dict(sorted(files.items()))
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json with every dtype of weights in it, also of its inner configs, set to `dtype`."""
-    return {key: dtype if key in ("dtype", "torch_dtype") and isinstance(value, str)
-            else _with_dtype(value, dtype) if isinstance(value, dict) else value
-            for key, value in config.items()}
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(p for p in path.absolute().parents if p.exists())
-
-
-def _reason(error: Exception) -> str:
-    cause = error if isinstance(error, OSError) else error.__cause__
-    if isinstance(cause, OSError):
-        full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        return "the disk is full" if full else (cause.strerror or str(cause))
-    return str(error)
-
+def finite(rounded: Tensor) -> bool:
+    """No NaN and no infinity. The sum tells in one pass; only where it is not finite itself must each number be looked at."""
+    return bool(torch.isfinite(rounded.sum(dtype=torch.float32))) or bool(torch.isfinite(rounded).all())

@@ -99,7 +99,7 @@ def read_contents(run: Path) -> Contents:
         tensors=_tensors(run / "conflict" / "conflict.safetensors", conflict) if conflict else {},
         plan=_maybe(Plan, run / "plan.json"),
         branches={b.branch: b for b in sorted(branches, key=lambda b: b.branch)},
-        merge=_maybe(MergeManifest, run / "merged" / "anabranch-merge.json"),
+        merge=_maybe(MergeManifest, run / "merged" / "manifest.json"),
         evaluations=evaluations,
         comparison=_comparison(run),
     )

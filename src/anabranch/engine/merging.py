@@ -1,0 +1,267 @@
+"""Merges as callers ask for them: checkpoints of a run, or a config; and what a finished one can be held to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import anabranch.merge as maths
+from anabranch import __version__
+from anabranch.artifacts import MergeInput, MergeManifest, digest, file_digest
+from anabranch.engine.blocks import MERGED, Buffers, PlainReader, new_hash
+from anabranch.engine.checkpoint import INDEX, PICKLES, Checkpoint
+from anabranch.engine.layout import layout_of
+from anabranch.engine.memory import plan_memory
+from anabranch.engine.output import MANIFEST, Done, OutputFolder, tensor_hash
+from anabranch.engine.plan import DTYPES, OutputPlan, Step, lay_out, line_up, parse_size
+from anabranch.engine.stream import Merge, Progress, Settings, stream
+from anabranch.engine.wanted import COPY, Input, Source, Wanted
+from anabranch.errors import AnabranchError, CorruptedError, OutputError, RecipeError, closest
+
+# What the base brings along. Its card, training state and pickles are not among it: they describe another model.
+CARRIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*",
+           "*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja", "*processor_config.json")
+
+
+def merge_checkpoints(
+    method: str,
+    base: Path,
+    branches: list[Path],
+    weights: list[float],
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    parameters: dict[str, Any] | None = None,
+    seed: int = 0,
+    made_from: dict[str, str],
+    settings: Settings | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> MergeManifest:
+    """Merge `branches` with `weights` into the model folder `out`, computing in float32 and rounding once.
+
+    The result holds the base's tensors, its tokenizer and config files, and a manifest; AutoModelForCausalLM loads it.
+    Integer and boolean buffers are copied. The same inputs give the same bytes, also after a kill and another call.
+    Where `out` already holds just this merge, its manifest is returned and nothing is done.
+
+    Args:
+        method: a registered merge method.
+        base: the model folder that all branches started from.
+        branches: k model folders, in the plan's order.
+        weights: k numbers; token_weighted wants w_k = N_k / sum N_j, in [0, 1] and summing to one.
+        out: the folder to make.
+        dtype: of the result: 'float32', 'bfloat16', 'float16', or None for each tensor's own in the base.
+        max_shard_size: '5GB' (10^9), '2GiB' (2^30).
+        parameters: the method's own, by name.
+        seed: of methods that draw random numbers.
+        made_from: name of an input -> its hash, for the manifest; checking them is the caller's.
+        settings: threads, memory, device.
+        progress: called again and again with what is done.
+    Raises:
+        RecipeError: unknown method, parameter, dtype or size; weights that the method refuses; a dtype too narrow.
+        ModelError, CorruptedError: an input that is not there or damaged, or that holds a NaN or an infinity.
+        ShapeMismatch: inputs whose tensors do not line up, all of them in one message.
+        OutputError: no space, no permission, `out` holds something else, or another merge is writing it.
+    """
+    record = maths.method_named(method)
+    arguments = maths.arguments_for(record, parameters or {}, len(branches))
+    _check_request(record, arguments, branches, weights, dtype)
+    limit = parse_size(max_shard_size)
+    origin = Checkpoint.open(base)
+    wanted = {"method": method, "arguments": _jsonable(arguments), "weights": weights, "made_from": made_from, "seed": seed,
+              "dtype": dtype or dtypes_of(origin)}
+    if (finished := already_there(out, wanted)) is not None:
+        return finished
+    opened = (*(Checkpoint.open(branch) for branch in branches), origin)
+    names = line_up(origin, opened[:-1])
+    embeddings = {name for name, place in layout_of(origin).places.items() if place.embedding}
+    tensors = [_wanted(record, arguments, weights, origin, name, dtype, name in embeddings) for name in names]
+    inputs = (*(Input(str(branch), branch) for branch in branches), Input(str(base), base))
+    merge = Merge(inputs, opened, lay_out(tensors, limit), seed)
+    folder = OutputFolder(out, merge.plan, carried_files(origin, merge.plan, dtype))
+    settings = replace(settings or Settings(threads=min(4, os.cpu_count() or 1)), displacements=True)
+    return write(merge, folder, settings, wanted, progress)
+
+
+def write(merge: Merge, folder: OutputFolder, settings: Settings, recorded: Mapping[str, Any],
+          progress: Callable[[Progress], None] | None = None) -> MergeManifest:
+    """Stream a merge into its folder and publish it. `recorded` are the manifest's fields that say what was asked for."""
+    key = digest([recorded, [shard.header.hex() for shard in merge.plan.shards], _fingerprint(merge)])
+    plan_memory(merge.plan.steps, settings.memory, settings.threads)  # a limit too small costs no finished work
+    with folder.opened(key):
+        try:
+            done = stream(merge, folder, settings, progress)
+        except OutputError:
+            raise
+        except AnabranchError:  # config or inputs are at fault, and mended ones will not fit what is written
+            folder.abandon()
+            raise
+        return folder.publish(lambda files: _manifest(merge, done, recorded, files))
+
+
+def verify_files(folder: Path) -> list[str]:
+    """What is wrong with a merged folder, by its manifest: files missing or changed, tensors changed, weights added."""
+    try:
+        manifest = MergeManifest.load(folder / MANIFEST)
+    except CorruptedError as error:
+        return [str(error)]
+    problems = []
+    for name, wanted in manifest.files.items():
+        if not (folder / name).is_file():
+            problems.append(f"{folder / name}: missing")
+        elif (got := file_digest(folder / name)) != wanted:
+            problems.append(f"{folder / name}: changed since the merge (SHA-256 {got[:12]}, wanted {wanted[:12]})")
+    try:
+        checkpoint = Checkpoint.open(folder, config_needed=False)
+    except AnabranchError as error:
+        return [*problems, str(error)]
+    for name in sorted(manifest.tensors.keys() | checkpoint.tensors.keys()):
+        if name not in checkpoint.tensors:
+            problems.append(f"tensor '{name}': missing")
+        elif name not in manifest.tensors:
+            problems.append(f"tensor '{name}' of {checkpoint.tensors[name].file}: not made by the merge")
+        elif hash_of(checkpoint, name) != manifest.tensors[name]:
+            problems.append(f"tensor '{name}' of {folder / checkpoint.tensors[name].file}: changed since the merge")
+    read = {info.file for info in checkpoint.tensors.values()}
+    return problems + [f"{path}: not made by the merge" for path in sorted(folder.glob("*.safetensors"))
+                       if path.name not in read]
+
+
+def hash_of(checkpoint: Checkpoint, name: str) -> str | None:
+    """Hash of dtype, shape and bytes of a tensor, as a manifest records it."""
+    info = checkpoint.tensors[name]
+    wanted = Wanted(name, info.shape, COPY, (), None, None, (), info.dtype)
+    return tensor_hash(checkpoint.folder / info.file, Step(wanted, 0, info.offset, info.offset + info.size))
+
+
+def _wanted(method: maths.MergeMethod, arguments: Mapping[str, maths.Argument], weights: Sequence[float],
+            base: Checkpoint, name: str, dtype: str | None, embedding: bool) -> Wanted:
+    info, k = base.tensors[name], len(weights)
+    sources, origin = tuple(Source(i, name) for i in range(k)), Source(k, name)
+    if info.dtype not in MERGED:
+        return Wanted(name, info.shape, COPY, (origin, *sources), None, None, (), info.dtype)
+    fitting, given = maths.fitting(method, arguments, info.shape, embedding)
+    return Wanted(name, info.shape, fitting.name, sources, origin if fitting.takes_base else None,
+                  tuple(weights) if "weights" in fitting.inputs else None, tuple(given.items()),
+                  DTYPES[dtype] if dtype else info.dtype, embedding=embedding)
+
+
+def _check_request(method: maths.MergeMethod, arguments: Mapping[str, maths.Argument], branches: Sequence[Path],
+                   weights: Sequence[float], dtype: str | None) -> None:
+    """Raises RecipeError. The method itself judges weights and arguments, on tensors of one number, before any read."""
+    if not branches:
+        raise RecipeError("merge: no branch was given, wanted at least one.")
+    if len(weights) != len(branches):
+        raise RecipeError(f"merge: got {len(weights)} weights for {len(branches)} branches, wanted one each.")
+    if dtype is not None and dtype not in DTYPES:
+        raise RecipeError(f"merge.dtype: `{dtype}` cannot be written.{closest(dtype, DTYPES)}")
+    if "fisher" in method.inputs or "depth" in method.inputs:
+        raise RecipeError(f"merge.method: {method.name} needs more than the branches of a run hold. Merge them with a config: "
+                          "`anabranch merge config.yaml OUT`.")
+    maths.check_arguments(method, arguments, weights, len(branches))
+
+
+def _jsonable(arguments: Mapping[str, maths.Argument]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+
+
+def dtypes_of(checkpoint: Checkpoint) -> str:
+    names = {spelling: name for name, spelling in DTYPES.items()}
+    return ", ".join(sorted({names[info.dtype] for info in checkpoint.tensors.values() if info.dtype in names}))
+
+
+def _fingerprint(merge: Merge) -> list[list[Any]]:
+    """Tells changed inputs for the journal, without reading them. Never part of an artifact."""
+    folders = [*(one.folder for one in merge.inputs), *(one.adapter for one in merge.inputs if one.adapter)]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for folder in folders
+            for path in sorted(folder.glob("*.safetensors"))]
+
+
+def _manifest(merge: Merge, done: Mapping[str, Done], recorded: Mapping[str, Any], files: dict[str, str]) -> MergeManifest:
+    squares = [result.squares for result in done.values() if result.squares]
+    moved = [sqrt(sum(column)) for column in zip(*squares, strict=True)]
+    return MergeManifest(
+        **{**recorded, "made_from": dict(sorted(recorded.get("made_from", {}).items()))},
+        parameters=merge.plan.parameters,
+        displacement=moved[0] if moved else None,
+        branch_displacements=moved[1:],
+        inputs=[MergeInput(label=one.label, hash=hashed)
+                for one, hashed in zip(merge.inputs, input_hashes(merge, done), strict=True)],
+        tensors={name: result.hash for name, result in done.items()},
+        files=files,
+        software={"anabranch": __version__, "torch": torch.__version__})
+
+
+def input_hashes(merge: Merge, done: Mapping[str, Done] | None = None) -> list[str]:
+    """For each input a hash over the tensors that the merge reads of it. What `done` does not tell is read here."""
+    known = {key: value for result in (done or {}).values() for key, value in result.inputs.items()}
+    used = sorted({source for step in merge.plan.steps for source in step.wanted.sources},
+                  key=lambda source: (source.input, source.name))
+    buffers = Buffers()
+    tables: list[dict[str, str]] = [{} for _ in merge.inputs]
+    for source in used:
+        key = f"{source.input} {source.name}"
+        tables[source.input][source.name] = known.get(key) or _bytes_hash(merge.opened[source.input], source.name, buffers)
+    return [digest(table) for table in tables]
+
+
+def _bytes_hash(checkpoint: Checkpoint, name: str, buffers: Buffers) -> str:
+    reader = PlainReader(checkpoint, name, buffers, "raw", hasher=new_hash())
+    count = checkpoint.tensors[name].numel
+    for start in range(0, count, 1 << 18):
+        reader.read_raw(start, min(start + (1 << 18), count))
+    return reader.hasher.hexdigest()
+
+
+# --- the output folder ---
+
+
+def already_there(out: Path, wanted: Mapping[str, Any]) -> MergeManifest | None:
+    """The manifest in `out`, if that is this very merge; None if `out` is free. Raises OutputError otherwise."""
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return None
+    remedy = "Choose another output folder, or remove this one (in a run: `--from merge`); nothing was changed."
+    try:
+        manifest = MergeManifest.load(out / MANIFEST)
+    except CorruptedError as error:
+        raise OutputError(f"{out} is already there, and no readable {MANIFEST} says what it is. {remedy}") from error
+    differing = [f"{key}: {getattr(manifest, key)!r} there, {value!r} wanted now"
+                 for key, value in wanted.items() if getattr(manifest, key) != value]
+    if problems := differing or verify_files(out):
+        raise OutputError.of(f"{out} already holds another or a damaged merge. {remedy}", problems)
+    return manifest
+
+
+def carried_files(base: Checkpoint, plan: OutputPlan, dtype: str | None,
+                  config: dict[str, Any] | None = None) -> dict[str, Path | bytes]:
+    """Name in the result -> the base's file, or new bytes. `config` takes the place of the base's config.json."""
+    patterns = [*CARRIED, *(["*.py"] if "auto_map" in base.config else [])]
+    files: dict[str, Path | bytes] = {
+        path.relative_to(base.folder).as_posix(): path
+        for pattern in patterns for path in base.folder.glob(pattern)
+        if path.is_file() and not path.name.endswith((*PICKLES, ".safetensors"))
+    }
+    config = base.config if config is None else config
+    if dtype:
+        config = _with_dtype(config, dtype)
+        if not {"dtype", "torch_dtype"} & config.keys():
+            config = config | {"dtype": dtype}
+    files["config.json"] = (base.folder / "config.json" if config == base.config
+                            else (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    if plan.index is not None:
+        files[INDEX] = plan.index
+    return dict(sorted(files.items()))
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json with every dtype of weights in it, also of its inner configs, set to `dtype`."""
+    return {key: dtype if key in ("dtype", "torch_dtype") and isinstance(value, str)
+            else _with_dtype(value, dtype) if isinstance(value, dict) else value
+            for key, value in config.items()}
