@@ -26,13 +26,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from anabranch.engine.fetch import resolve
 from anabranch.errors import ModelError
 from anabranch.recipe import Model as ModelSection
 from anabranch.rows import Rows
 
 LOGITS_AT_ONCE = 2**28  # numbers; 1 GB in float32
-# What a model folder may bring: weights as safetensors, the rest as text. Never pickles.
-DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
 def keep_buffers() -> None:
@@ -54,10 +53,10 @@ def resolve_model(section: ModelSection) -> Path:
     """
     folder = Path(section.path)
     if not folder.is_dir():
-        if folder.is_absolute() or section.path.count("/") > 1 or section.path.startswith("."):
-            raise ModelError(f"model.path: no folder {folder}. Give a folder that holds config.json and *.safetensors, "
-                             "or a Hub id such as Qwen/Qwen2.5-0.5B.")
-        folder = _download(section)
+        try:
+            folder = resolve(section.path, section.revision)
+        except ModelError as error:
+            raise ModelError(f"model.path: {error}") from error
     missing = [name for name, found in (
         ("config.json", (folder / "config.json").is_file()),
         ("weights (*.safetensors)", any(folder.glob("*.safetensors"))),
@@ -71,17 +70,6 @@ def resolve_model(section: ModelSection) -> Path:
         raise ModelError(f"model folder {folder}: no {', no '.join(missing)}. Wanted a folder as save_pretrained "
                          f"writes it.{hint}")
     return folder
-
-
-def _download(section: ModelSection) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(section.path, revision=section.revision, allow_patterns=DOWNLOADED))
-    except Exception as error:  # the Hub client raises a dozen types for "cannot"; the message is what helps
-        raise ModelError(f"model.path: {section.path!r} is neither a folder here nor to be had from the Hub "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Check the name and the "
-                         "network, or download it first and give the folder.") from error
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -43,6 +43,8 @@ CASES = {
 }
 # MergeKit erases the task vectors of tensors so small that none of their largest entries goes (ruling FIX, spec 3.4).
 ERASED_BY_THE_PEER = {"breadcrumbs", "breadcrumbs_ties"}
+# Of entries that are equally large the peer keeps arbitrary ones (spec 3.2), and these models' steps are coarse.
+TRIMS = {"ties", "breadcrumbs", "breadcrumbs_ties", "sce"}
 NAMES = {"lambda": "scale", "nuslerp_row_wise": "row_wise", "nuslerp_flatten": "flatten"}
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the shared golden cases are not beside this checkout")
@@ -57,10 +59,30 @@ def models():
             read[name] = {}
             for file in sorted((GOLDEN / "models" / name).glob("*.safetensors")):
                 with safe_open(file, "pt") as handle:
-                    read[name] |= {key: handle.get_tensor(key).float() for key in handle.keys()}
+                    read[name] |= {key: handle.get_tensor(key).float() for key in handle.keys()}  # noqa: SIM118
         return read[name]
 
     return model
+
+
+def at_the_cut(name, stack, base, given):
+    """Where an entry ties with the last that is kept, of some branch, so that either choice is right."""
+    deltas = stack - base
+    if name == "sce":
+        sizes = deltas.double().var(0, correction=0).unsqueeze(0)
+        counts = [[int(int((sizes > 1e-16).sum()) * given["select_topk"])]] if given["select_topk"] < 1 else [[]]
+    else:
+        sizes, n = deltas.abs(), base.numel()
+        kept = [max(1, int(rho * n)) for rho in given["density"]]
+        top = [int(g * n) for g in given.get("gamma", [0] * len(kept))]
+        counts = [[t, t + k] for t, k in zip(top, kept, strict=True)]
+    tied = torch.zeros_like(base, dtype=torch.bool)
+    for size, wanted in zip(sizes, counts, strict=True):
+        order = size.flatten().sort(descending=True).values
+        for count in wanted:
+            if 0 < count < len(order) and 0 < order[count - 1] <= order[count] * (1 + 1e-6):
+                tied |= (size - order[count]).abs() <= 1e-6 * order[count]
+    return tied
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
@@ -75,7 +97,7 @@ def test_every_tensor_is_what_the_peer_wrote(case, models):
     weights = torch.tensor([float(own.get(b, {}).get("weight", 1 / len(branches))) for b in branches])
     compared = 0
     with safe_open(GOLDEN / "cases" / case / "expected.safetensors", "pt") as expected:
-        for key in expected.keys():
+        for key in expected.keys():  # noqa: SIM118
             stack = torch.stack([models(b)[key] for b in branches])
             inputs = {"branches": stack, "weights": weights, "draws": torch.full_like(stack, 0.5),
                       "base": models(base)[key] if base else None}
@@ -84,6 +106,12 @@ def test_every_tensor_is_what_the_peer_wrote(case, models):
             if case in ERASED_BY_THE_PEER and int(given["gamma"][0] * out.numel()) == 0:
                 assert wanted.equal(inputs["base"]) and not out.equal(wanted), key
                 continue
-            torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+            open_to_choice = at_the_cut(name, stack, inputs["base"], given) if name in TRIMS else torch.zeros_like(out).bool()
+            # Two entries of a norm's 32 may tie for one place; of thousands a twentieth.
+            assert float(open_to_choice.float().mean()) < max(0.05, 8 / out.numel()), key
+            far = (out - wanted).abs() > 1e-6 + 1e-5 * wanted.abs()
+            assert not bool((far & ~open_to_choice).any()), (
+                f"{key}: {int((far & ~open_to_choice).sum())} of {far.numel()} entries are off, the worst by "
+                f"{float((out - wanted).abs().max()):.3g}")
             compared += 1
     assert compared >= 9

@@ -28,6 +28,8 @@ BASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"tie_word_embeddings": True}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {
         "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 32}),
+    "untied_gpt2": ("GPT2LMHeadModel", "GPT2Config", {
+        "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 32, "tie_word_embeddings": False}),
     "llava": ("LlavaForConditionalGeneration", "LlavaConfig", {
         "text_config": LLAMA | {"model_type": "llama"}, "image_token_id": 39,
         "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -59,6 +61,7 @@ VARIETIES: dict[str, tuple[str, dict[str, Any]]] = {
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "conv1d square": ("gpt2", {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
     "conv1d and embedding": ("gpt2", {"target_modules": ["c_attn", "attn.c_proj", "wte"], "fan_in_fan_out": True}),
+    "conv1d square, linear head": ("untied_gpt2", {"target_modules": ["attn.c_proj", "lm_head"]}),
     "renamed on load": ("llava", {"target_modules": r".*language_model.*\.(q_proj|v_proj)", "modules_to_save": ["linear_1"]}),
     "vision convolution": ("llava", {"target_modules": ["patch_embedding", "out_proj"]}),
     "expert parameters": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": [
@@ -245,7 +248,9 @@ def test_another_base_is_a_warning(copied):
     ({"peft_type": "LOHA"}, "'LOHA'"), ({"peft_type": None}, "peft_type"), ({"use_dora": True}, "DoRA"),
     ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"), ({"init_lora_weights": "olora"}, "olora"),
     ({"layer_replication": [[0, 1]]}, "layer_replication"), ({"alora_invocation_tokens": [1]}, "invocation"),
-    ({"r": 0}, "`r` is 0"), ({"r": 8}, "rank 4"), ({"rank_pattern": {"q_proj": 2}}, "rank 4")])
+    ({"r": 0}, "`r` is 0"), ({"r": 8}, "rank 8"), ({"rank_pattern": {"q_proj": 2}}, "rank 2"),
+    ({"rank_pattern": {"q_proj": 0}}, "'q_proj' is 0"), ({"alpha_pattern": {"q_(": 1}}, "no regular expression"),
+    ({"rank_pattern": [1]}, "wanted an object"), ({"lora_alpha": "x"}, "'x'"), ({"target_parameters": "a"}, "list of names")])
 def test_refused_by_its_settings(copied, settings, wanted):
     assert wanted in refusal(*copied("plain", **settings))
 
@@ -275,6 +280,40 @@ def test_other_shapes_and_names(copied):
     text = refusal(*copied("plain", spoil))
     assert "layers.7.self_attn.q_proj.weight'" in text and "(20, 4)" in text and "(16, 16)" in text
     assert "stands alone" in text and "(41, 16)" in text and "resized" in text and text.count("\n  - ") == 4
+
+
+@pytest.mark.parametrize("given", [[3, 40, 0], [3, -1, 0], ["a", "b", "c"], None, [1, 2], 5])
+def test_tokens_that_are_not_there(copied, given):
+    assert "token" in refusal(*copied("some tokens", trainable_token_indices=given))
+
+
+def test_one_expert(tmp_path):
+    """A parameter of three dimensions with a single expert in it."""
+    torch.manual_seed(0)
+    weight, a, b = torch.randn(1, 6, 5), torch.randn(2, 5), torch.randn(6, 2)
+    for folder in ("base", "adapter"):
+        (tmp_path / folder).mkdir()
+    save_file({"layers.0.experts.down_proj": weight}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    path = "base_model.model.layers.0.experts"
+    save_file({f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_parameters": ["experts.down_proj"]}))
+    adapter = Adapter.open(tmp_path / "adapter", Checkpoint.open(tmp_path / "base"))
+    assert torch.allclose(adapter.folded("layers.0.experts.down_proj"), weight + 3 * (b @ a))
+
+
+def test_square_experts_that_nothing_tells(tmp_path):
+    for folder in ("base", "adapter"):
+        (tmp_path / folder).mkdir()
+    save_file({"layers.0.experts.down_proj": torch.ones(3, 6, 6)}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    path = "base_model.model.layers.0.experts"
+    save_file({f"{path}.lora_A.weight": torch.ones(6, 6), f"{path}.lora_B.weight": torch.ones(6, 6)},
+              tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_parameters": ["experts.down_proj"]}))
+    assert "square" in refusal(tmp_path / "base", tmp_path / "adapter")
 
 
 def test_a_head_where_the_base_has_none(tmp_path, bases):

@@ -65,7 +65,11 @@ def test_no_pickle_and_no_remote_code_by_default():
     for module in MODULES:
         text = module.read_text()
         assert not imports(module) & {"pickle", "joblib", "dill", "cloudpickle"}, module
-        assert "torch.load(" not in text and "torch.save(" not in text, module
+        assert "torch.save(" not in text, module
+        if module.relative_to(SOURCE) != Path("engine/fetch.py"):  # which converts pickles, where the user allows it
+            assert "torch.load(" not in text, module
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, call
         assert "trust_remote_code=True" not in text, module
 
 

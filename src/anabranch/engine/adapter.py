@@ -63,7 +63,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class _Product:
-    """One pair of factors, by their keys in the adapter's file, and how they make a change of W."""
+    """One pair of factors, by their keys in the adapter's file, and how they make a change of W. `experts`: 0 for none."""
 
     a: str
     b: str
@@ -160,7 +160,7 @@ class Adapter:
     def _columns(self, name: str) -> int:
         """Numbers in a row of the products: of all dimensions but the first; of the last one where there are experts."""
         shape = self.base.tensors[name].shape
-        experts = any(p.experts > 1 for p in self._changes[name].products)
+        experts = any(p.experts for p in self._changes[name].products)
         return max(1, math.prod(shape[2:] if experts else shape[1:]))
 
     def _factor(self, key: str) -> Tensor:
@@ -179,7 +179,7 @@ class Adapter:
     def _add(self, product: _Product, columns: int, block: Tensor, start: int) -> None:
         """block += entries from `start` on of the product's change."""
         a, b = self._factor(product.a), self._factor(product.b)
-        if product.experts == 1:
+        if not product.experts:
             _add_product(a.flatten(1), b.flatten(1), product, columns, block, start)
             return
         a = a.unflatten(0, (product.experts, -1))  # [experts, r, in]
@@ -242,14 +242,40 @@ def _refusals(config: Mapping[str, Any], base: Checkpoint, shapes: Mapping[str, 
             f"{CONFIG}: `init_lora_weights` is {init!r}, which took a part out of the base's weights: the factors do not "
             "belong to this base. Convert it where it was trained: `save_pretrained(.., "
             "path_initial_model_for_weight_conversion=..)` writes a plain LoRA.")
-    if kind == "LORA" and not (isinstance(config.get("r"), int) and config["r"] > 0
-                               and isinstance(config.get("lora_alpha"), int | float)):
-        problems.append(f"{CONFIG}: `r` is {config.get('r')!r} and `lora_alpha` {config.get('lora_alpha')!r}; wanted a whole "
-                        "number above zero and a number.")
+    if kind == "LORA":
+        problems += _bad_settings(config)
     if base.config.get("quantization_config"):
         problems.append("the base is quantised (`quantization_config` in its config.json), and a sum with packed weights "
                         "has no meaning. Give the base as it was before it was quantised.")
     return problems
+
+
+def _bad_settings(config: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that the fold reads, where they are not what PEFT writes."""
+    def is_rank(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and math.isfinite(value)
+
+    for key, pattern, fits, wanted in (("r", "rank_pattern", is_rank, "a whole number above zero"),
+                                       ("lora_alpha", "alpha_pattern", is_number, "a number")):
+        if not fits(config.get(key)):
+            yield f"{CONFIG}: `{key}` is {config.get(key)!r}; wanted {wanted}."
+        table = config.get(pattern) or {}
+        if not isinstance(table, dict):
+            yield f"{CONFIG}: `{pattern}` is {type(table).__name__}; wanted an object of patterns and numbers."
+            continue
+        for expression, value in table.items():
+            if not fits(value):
+                yield f"{CONFIG}: `{pattern}` of {expression!r} is {value!r}; wanted {wanted}."
+            try:
+                re.compile(expression)
+            except re.error as error:
+                yield f"{CONFIG}: `{pattern}` has {expression!r}, which is no regular expression ({error})."
+    given = config.get("target_parameters")
+    if given is not None and not (isinstance(given, list) and all(isinstance(g, str) for g in given)):
+        yield f"{CONFIG}: `target_parameters` is {given!r}; wanted a list of names."
 
 
 def _other_base(config: Mapping[str, Any], base: Checkpoint) -> Iterator[str]:
@@ -301,9 +327,9 @@ class _Matching:
         if not self.shapes:
             self.problems.append(f"{WEIGHTS} holds no tensors")
         targets = [t for (path, embedding), pair in pairs.items() if (t := self._target(path, embedding, pair))]
-        turned = {dims: self._any_turned([t for t in targets if (len(t.shape) == 3) == dims]) for dims in (True, False)}
+        turned = {experts: self._turned([t for t in targets if bool(t.experts) == experts]) for experts in (True, False)}
         for target in targets:
-            self._factors(target, turned[len(target.shape) == 3])
+            self._factors(target, turned[bool(target.experts)])
         return self.found, self.problems
 
     def _name(self, path: str, key: str) -> str | None:
@@ -347,9 +373,15 @@ class _Matching:
         given = self.config.get("trainable_token_indices")
         if isinstance(given, dict):
             given = next((ids for module, ids in given.items() if re.match(rf"(.*\.)?({re.escape(module)})$", path)), None)
-        rows = tuple(int(i) for i in given or ())
         name = self._name(f"{path}.weight", key)
-        if name and self._fits(key, name, (len(rows), *self.base.tensors[name].shape[1:]), self.shapes[key]):
+        if name is None:
+            return
+        count, *rest = self.base.tensors[name].shape or (0,)
+        rows = tuple(given) if isinstance(given, list) and all(isinstance(i, int) and 0 <= i < count for i in given) else None
+        if rows is None:
+            self.problems.append(f"{CONFIG}: `trainable_token_indices` for '{name}' is {str(given)[:60]}; wanted a list of "
+                                 f"numbers below {count}, the rows of the base")
+        elif self._fits(key, name, (len(rows), *rest), self.shapes[key]):
             self._change(name).rows = (key, rows)
 
     def _target(self, path: str, embedding: bool, pair: dict[str, str]) -> _Target | None:
@@ -367,13 +399,12 @@ class _Matching:
         alpha = _by_pattern(self.config.get("alpha_pattern"), parameter or module, self.config["lora_alpha"])
         scale = alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
         shape = self.base.tensors[name].shape
-        experts = shape[0] if parameter and len(shape) == 3 else 1
-        if a[0] != rank * experts:
-            self.problems.append(f"adapter tensor '{pair['A']}' has shape {a}: rank {a[0] // experts}, and {CONFIG} says "
-                                 f"{rank} (`r`, `rank_pattern`). The two files do not belong together.")
+        experts = shape[0] if parameter and len(shape) == 3 else 0
+        if min(len(a), len(b)) < 2 or not a[0] == math.prod(b[1:]) == rank * (experts or 1):
+            self.problems.append(f"adapter tensors '{pair['A']}' {a} and '{pair['B']}' {b}: not of rank {rank}, which {CONFIG} "
+                                 "says (`r`, `rank_pattern`). The two files do not belong together.")
             return None
-        return _Target(name, pair, scale, shape[1:] if experts > 1 else shape, experts, embedding,
-                       (b[0], *(a[1:] if len(a) > 1 else ())), shape)
+        return _Target(name, pair, scale, shape[1:] if experts else shape, experts, embedding, (b[0], *a[1:]))
 
     def _parameter(self, module: str, a: tuple[int, ...], b: tuple[int, ...]) -> str | None:
         """The entry of `target_parameters` that factors saved under `module` belong to.
@@ -388,22 +419,34 @@ class _Matching:
             if known is None or not (name == entry or name.endswith(f".{entry}")):
                 continue
             shape = self.base.tensors[known].shape
-            if len(shape) in (2, 3) and {(b[0], a[1]), (a[1], b[0])} & {tuple(shape[-2:])}:
+            if len(shape) in (2, 3) and len(a) == len(b) == 2 and {(b[0], a[1]), (a[1], b[0])} & {tuple(shape[-2:])}:
                 fitting.append(name)
         return fitting[0] if len(fitting) == 1 else None
 
-    def _any_turned(self, targets: Sequence[_Target]) -> bool:
-        """Whether these weights are [in, out]: told by those that are not square, else by `fan_in_fan_out`."""
+    def _turned(self, targets: Sequence[_Target]) -> bool | None:
+        """Whether weights that are square are [in, out], as those that are not square tell. None: nothing tells.
+
+        Conv1D tells by a bias as long as its second dimension; `fan_in_fan_out` is what PEFT found at the last layer.
+        """
         rectangular = [t for t in targets if not t.embedding and len(t.inner) == 2 and t.inner[0] != t.inner[1]]
         if any(t.inner == t.change[::-1] for t in rectangular):
             return True
-        return not rectangular and bool(self.config.get("fan_in_fan_out"))
+        if any(t.experts for t in targets):
+            return False if rectangular else None
+        shapes = {name: info.shape for name, info in self.base.tensors.items() if len(info.shape) in (1, 2)}
+        return bool(self.config.get("fan_in_fan_out")) or any(
+            len(shape) == 2 and shape[0] != shape[1] and shapes.get(name.removesuffix("weight") + "bias") == shape[1:]
+            for name, shape in shapes.items())
 
-    def _factors(self, target: _Target, turned: bool) -> None:
+    def _factors(self, target: _Target, turned: bool | None) -> None:
         a, b = target.pair["A"], target.pair["B"]
-        straight = target.change if not target.embedding else target.change[::-1]
         square = len(target.inner) == 2 and target.inner[0] == target.inner[1] and not target.embedding
-        transposed = target.embedding or (turned if square else target.inner != straight and len(target.inner) == 2)
+        if square and turned is None:
+            self.problems.append(f"adapter tensor '{a}': each expert of '{target.name}' is a square matrix, and nothing tells "
+                                 f"whether it is stored as [in, out] or as [out, in]. {ONCE}")
+            return
+        transposed = bool(target.embedding or (turned if square else
+                                               target.inner != target.change and len(target.inner) == 2))
         wanted = target.change[::-1] if transposed else target.change
         if not self._fits(b if target.inner[-1:] == wanted[-1:] else a, target.name, target.inner, wanted):
             return
@@ -428,7 +471,6 @@ class _Target:
     experts: int
     embedding: bool
     change: tuple[int, ...]
-    shape: tuple[int, ...]
 
 
 def _bare(name: str) -> str:
@@ -452,7 +494,9 @@ def _with_tied_head(changes: dict[str, _Change], base: Checkpoint, file: Any, ty
     if not _has_tied_head(base):
         return []
     head = changes.pop("", None)
-    whole = [(name, c.replaced) for name, c in changes.items() if c.replaced is not None and EMBEDDING.search(name)]
+    # `base_layer`: PEFT saves an embedding under its factors as it found it (untrained, perhaps resized)
+    whole = [(name, c.replaced) for name, c in changes.items()
+             if c.replaced is not None and EMBEDDING.search(name) and ".base_layer." not in c.replaced]
     stored = [name for name in changes if HEAD.search(name)]
     if head is not None or whole:
         saved = file.get_tensor(head.replaced) if head is not None else None

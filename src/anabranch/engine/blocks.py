@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -157,11 +157,13 @@ class TensorStack:
                 and all(isinstance(reader, PlainReader) for reader in readers)
                 and len({reader.dtype for reader in readers}) == 1 and readers[0].dtype in STORED)
 
-    def stored(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """(branches [k, n], base [n] or [0]) as they stand in the files: uint16 for bfloat16, or float32."""
-        n, dtype = stop - start, STORED[self.branches[0].dtype]
-        x = self.buffers.take("stored", self.k * n * dtype.itemsize, torch.uint8).numpy().view(dtype).reshape(self.k, n)
-        for row, reader in zip(x, self.branches, strict=True):
+    def stored(self, start: int, stop: int, only: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(branches [k, n], or `only` some of them, base [n] or [0]) as they stand in the files: uint16 for bfloat16, or
+        float32."""
+        readers = self.branches if only is None else [self.branches[i] for i in only]
+        n, dtype = stop - start, STORED[readers[0].dtype]
+        x = self.buffers.take("stored", len(readers) * n * dtype.itemsize, torch.uint8).numpy().view(dtype).reshape(-1, n)
+        for row, reader in zip(x, readers, strict=True):
             reader.read_bytes(start, row)
         base = np.empty(0, dtype)
         if self.base is not None:
@@ -169,28 +171,87 @@ class TensorStack:
             self.base.read_bytes(start, base)
         return x, base
 
-    def count_upper(self) -> np.ndarray | None:
-        """Histogram of the upper 16 bits of |branch - base|, int64 [k, 2^15]; None where the kernels cannot."""
+    def rank_magnitudes(self, counts: Sequence[Sequence[int]]) -> list[list[tuple[int, int, int]]] | None:
+        """For select.largest: for each branch and count (bits of the cut, equal entries to keep, equal entries there are).
+
+        One pass over the tensor, and one over a sample of it that says in which few buckets of upper bits the cut will
+        be. Where a cut is elsewhere, all buckets are counted. None where the fused kernels cannot.
+        """
+        from anabranch.merge.select import LOWER, place
+
+        if not self.fusible:
+            return None
+        wanted = [(row, count) for row, of_row in enumerate(counts) for count in of_row]
+        brackets = self._brackets(wanted)
+        found = self._count(wanted, brackets)
+        if any(not above < count <= above + int(table.sum())
+               for (_, count), (above, table) in zip(wanted, found, strict=True)):
+            table = self._upper(self.ranges())
+            brackets = [(bucket, bucket) for row, count in wanted for bucket, _ in [place(torch.from_numpy(table[row]), count)]]
+            found = self._count(wanted, brackets)
+        out: list[list[tuple[int, int, int]]] = [[] for _ in counts]
+        for (row, count), (low, _), (above, table) in zip(wanted, brackets, found, strict=True):
+            offset, keep = place(torch.from_numpy(table), count - above)
+            out[row].append((low * LOWER + offset, keep, int(table[offset])))
+        return out
+
+    def nth_equal(self, row: int, bits: int, n: int) -> int | None:
+        """Flat index of the n-th entry of branch `row` whose magnitude has these bits; None where the kernels cannot."""
         if not self.fusible:
             return None
         from anabranch.merge import kernels
 
-        table = np.zeros((self.k, 1 << 15), np.int64)
         for start, stop in self.ranges():
+            x, base = self.stored(start, stop, [row])
+            index, n = kernels.nth_equal(x[0], base, bits, n)
+            if n == 0:
+                return start + index
+        raise AssertionError("fewer equal entries than were counted")
+
+    def _brackets(self, wanted: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """(lowest, highest) bucket of upper bits in which each (branch, count) is to be looked for."""
+        from anabranch.merge.select import place
+
+        sample = list(range(0, self.numel - RUN, RUN * EVERY)) if self.numel > RUN * EVERY * 16 else []
+        if not sample:
+            table = torch.from_numpy(self._upper(self.ranges()))
+            return [(bucket, bucket) for row, count in wanted for bucket, _ in [place(table[row], count)]]
+        table = torch.from_numpy(self._upper((start, start + RUN) for start in sample))
+        drawn = len(sample) * RUN
+        brackets = []
+        for row, count in wanted:
+            share = count / self.numel
+            margin = 6 * (drawn * share * (1 - share)) ** 0.5 + 16
+            high, low = (place(table[row], int(min(max(share * drawn + step, 1), drawn)))[0] for step in (-margin, margin))
+            brackets.append((low, min(high, low + MOST_BUCKETS - 1)))
+        return brackets
+
+    def _upper(self, ranges: Iterable[tuple[int, int]]) -> np.ndarray:
+        """Histogram of the upper 16 bits of |branch - base|, int64 [k, 2^15]."""
+        from anabranch.merge import kernels
+        from anabranch.merge.select import UPPER
+
+        table = np.zeros((self.k, UPPER), np.int64)
+        for start, stop in ranges:
             kernels.count_upper(*self.stored(start, stop), table)
         return table
 
-    def count_lower(self, wanted: Sequence[tuple[int, int]]) -> np.ndarray | None:
-        """Histograms of the lower 16 bits of |branch - base| among those of (branch, upper bits), int64 [.., 2^16]."""
-        if not self.fusible:
-            return None
+    def _count(self, wanted: Sequence[tuple[int, int]], brackets: Sequence[tuple[int, int]]) -> list[tuple[int, np.ndarray]]:
+        """For each (branch, count): how many entries lie above its bracket, and a histogram of those in it."""
         from anabranch.merge import kernels
+        from anabranch.merge.select import LOWER
 
-        table = np.zeros((len(wanted), 1 << 16), np.int64)
-        branches, buckets = (np.array(column, np.int64) for column in zip(*wanted, strict=True))
+        rows = np.array([row for row, _ in wanted])
+        low = np.array([low for low, _ in brackets]) * LOWER
+        above = np.zeros(len(wanted), np.int64)
+        tables = np.zeros((len(wanted), (1 + max(high - low for low, high in brackets)) * LOWER), np.int64)
         for start, stop in self.ranges():
-            kernels.count_lower(*self.stored(start, stop), branches, buckets, table)
-        return table
+            kernels.count_bracket(*self.stored(start, stop), rows, low, above, tables)
+        return list(zip(above.tolist(), tables, strict=True))
+
+
+# A sample for ranking: runs of RUN entries, one of EVERY; and the most buckets of upper bits that a bracket spans.
+RUN, EVERY, MOST_BUCKETS = 1 << 12, 32, 8
 
 
 def block_entries(shape: tuple[int, ...], kind: BlockKind, entries: int) -> int:

@@ -23,6 +23,8 @@ from anabranch.errors import CorruptedError, ModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What the weights of a model are called: by transformers, and by diffusers.
+STEMS = ("model", "diffusion_pytorch_model")
 ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
               "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -76,16 +78,22 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         problems = []
         for file in opened:
-            for name, info in sorted(_header(folder / file).items()):
+            for name, info in sorted(_header_of(folder / file).items()):
                 if name in tensors:
                     problems.append(f"tensor '{name}' stands in {tensors[name].file} and in {file}")
                 tensors[name] = info
-        if (folder / INDEX).exists():
-            problems += _index_problems(_weight_map(folder), tensors)
+        index = folder / f"{_stem(folder)}.safetensors.index.json"
+        if index.exists():
+            problems += _index_problems(_weight_map(index), tensors)
         if problems:
             raise CorruptedError.of(f"{folder}: the weight files and their index do not agree. Fetch the model again:",
                                     problems)
         return cls(folder, config, tensors, opened)
+
+    @classmethod
+    def of_file(cls, path: Path) -> Checkpoint:
+        """A safetensors file that stands alone, without a config: a sidecar. Raises CorruptedError."""
+        return cls(path.parent, {}, _header_of(path), {path.name: _open_weights(path)})
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it stands in the file: a view of the mapped file, so copy it before changing it.
@@ -120,6 +128,11 @@ class Checkpoint:
             left, at = left[got:], at + got
 
     @property
+    def stem(self) -> str:
+        """What its weight files are called: 'model', or 'diffusion_pytorch_model'."""
+        return _stem(self.folder)
+
+    @property
     def ties_embeddings(self) -> bool:
         """Whether the output head shares the input embedding's weights, as config.json says.
 
@@ -150,9 +163,10 @@ def weight_files(folder: Path, *, config_needed: bool = True) -> list[Path]:
     if not folder.is_dir():
         raise ModelError(f"model folder {folder}: not there. Give the folder that holds config.json and "
                          f"{WEIGHTS} (or its shards and their index).")
-    single, index = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
+    weights, index_file = f"{_stem(folder)}.safetensors", folder / f"{_stem(folder)}.safetensors.index.json"
+    single, index = (folder / weights).is_file(), index_file.is_file()
     if single and index:
-        raise ModelError(f"model folder {folder}: holds both {WEIGHTS} and {INDEX}, and it is not clear which is the "
+        raise ModelError(f"model folder {folder}: holds both {weights} and {index_file.name}, and it is not clear which is the "
                          "model. Delete the one that is left over.")
     if not (single or index):
         raise ModelError(_no_weights(folder))
@@ -160,13 +174,19 @@ def weight_files(folder: Path, *, config_needed: bool = True) -> list[Path]:
         raise ModelError(f"model folder {folder}: no config.json beside the weights, so nothing can load it. "
                          "Copy it from where the weights came from.")
     if single:
-        return [folder / WEIGHTS]
-    shards = sorted(set(_weight_map(folder).values()))
+        return [folder / weights]
+    shards = sorted(set(_weight_map(index_file).values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
-        raise CorruptedError.of(f"model folder {folder}: {INDEX} names {len(shards)} shards and {len(missing)} of them "
+        raise CorruptedError.of(f"model folder {folder}: {index_file.name} names {len(shards)} shards and {len(missing)} of them "
                                 "are not there. Fetch these files again:", missing)
     return [folder / shard for shard in shards]
+
+
+def _stem(folder: Path) -> str:
+    """What the folder's weight files are called."""
+    return next((stem for stem in STEMS if any((folder / f"{stem}.safetensors{end}").is_file() for end in ("", ".index.json"))),
+                STEMS[0])
 
 
 def checkpoint_hash(folder: Path) -> str:
@@ -186,7 +206,7 @@ def _open_weights(path: Path) -> Any:
                              "Fetch or make this file again.") from error
 
 
-def _header(path: Path) -> dict[str, TensorInfo]:
+def _header_of(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file that safetensors has opened, and so has found sound."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -205,14 +225,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _weight_map(index: Path) -> dict[str, str]:
     """`weight_map` of the index. A shard must be a plain file name: an index may not point out of its folder."""
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptedError(f"{folder / INDEX}: has no `weight_map`. Fetch this file again.")
+        raise CorruptedError(f"{index}: has no `weight_map`. Fetch this file again.")
     strange = sorted({str(f) for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f})
     if strange:
-        raise CorruptedError.of(f"{folder / INDEX}: these are no names of files beside it:", strange)
+        raise CorruptedError.of(f"{index}: these are no names of files beside it:", strange)
     return weight_map
 
 

@@ -7,9 +7,8 @@ The list of parameters is the signature of the registered method. Added here: th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from anabranch.merge import METHODS, Argument, MergeMethod
 
@@ -58,7 +57,7 @@ WORDS = {"rescale": ("inverse_density", "inverse_probability", "l1", "none")}
 # Methods whose weights are shares: the config's numbers are divided by their sum.
 SHARES = ("token_weighted", "interpolate")
 
-# (least, most) that a value may be, for parameters of that name in any method; `open` ends are not allowed themselves.
+# (least, most) that a value may be, for parameters of that name in any method.
 RANGES: dict[str, tuple[float, float]] = {
     "density": (0.0, 1.0), "gamma": (0.0, 1.0), "tol": (0.0, math.inf), "eps": (0.0, math.inf), "max_iter": (1.0, 1e6),
     "epsilon": (0.0, math.inf), "floor": (0.0, math.inf), "select_topk": (0.0, 1.0), "common_share": (0.0, 1.0),
@@ -152,14 +151,5 @@ def _word(read: Read, method: str, dialect: Dialect, value: float | str) -> str:
     return RESCALE_WORDS[dialect, method.split("_")[0]] if value else "none"
 
 
-def weights_divided_by_zero(method: str, normalize: Any, weights: list[float]) -> bool:
-    """Whether a plain sum of the weights is the divisor, and is zero."""
-    return method in ("linear", "multislerp") and bool(normalize) and abs(sum(weights)) < 1e-12
-
-
 def takes_words(method: MergeMethod, name: str) -> bool:
     return any(p.name == name and p.type is str for p in method.parameters)
-
-
-def summary(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k}={v}" for k, v in values.items())

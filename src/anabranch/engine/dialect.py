@@ -12,17 +12,19 @@ the closest key, all of them in one message. Two dialects share the grammar, `di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
-from anabranch.engine.conventions import DIALECTS, Dialect, known_anywhere, our_name, takes_words
+from anabranch.engine.config import Entry, MergeConfig, Part, Slice, Tokenizer, TokenRow, TokenSetting
+from anabranch.engine.conventions import DIALECTS, known_anywhere, our_name, takes_words
 from anabranch.engine.parameters import Setting, read_setting, shown
 from anabranch.engine.plan import DTYPES
-from anabranch.engine.reference import Reference, read_reference
+from anabranch.engine.reference import Reference, local, read_reference
+from anabranch.engine.requirements import check_method
 from anabranch.errors import RecipeError, closest
 from anabranch.merge import METHODS
 from anabranch.recipe import read_documents
@@ -45,110 +47,7 @@ FOREIGN = {
 }
 SHOWN = 40
 T = TypeVar("T")
-Parameters = Mapping[str, Setting]
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A model of a list. `layers`: [start, stop) in a slice, None for a whole model. `fisher`: its sidecar file."""
-
-    model: Reference
-    parameters: Parameters
-    where: str
-    layers: tuple[int, int] | None = None
-    fisher: str | None = None
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Layers of the result, one after another, each merged from the same offset into every entry's range."""
-
-    entries: tuple[Entry, ...]
-    base: Reference | None
-    parameters: Parameters
-    where: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a module of the result is made of: whole models, or slices."""
-
-    models: tuple[Entry, ...]
-    slices: tuple[Slice, ...]
-    parameters: Parameters
-    where: str
-
-    @property
-    def lists(self) -> list[tuple[Entry, ...]]:
-        return [self.models] if self.models else [s.entries for s in self.slices]
-
-
-@dataclass(frozen=True)
-class TokenRow:
-    """The row of a token in a model: the same token's, that of `token`, or number `token_id`."""
-
-    model: Reference
-    token: str | None = None
-    token_id: int | None = None
-
-
-@dataclass(frozen=True)
-class TokenSetting:
-    """`source` None: the usual rule; "zero": a row of zeros."""
-
-    source: TokenRow | Literal["zero"] | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    source: Literal["union", "base"] | Reference = "union"
-    tokens: Mapping[str, TokenSetting] = field(default_factory=dict)
-    pad_to_multiple_of: int | None = None
-
-
-@dataclass(frozen=True)
-class MergeConfig:
-    """A validated config. `modules` has one entry named None for configs with `models` or `slices` at the top.
-
-    dtype, out_dtype   'bfloat16', 'float16', 'float32' or None
-    chat_template      'auto', a bundled name, Jinja text, or None
-    warnings           what the config says without effect, and the like; for the user, once
-    """
-
-    method: str
-    dialect: Dialect
-    modules: Mapping[str | None, Part]
-    base: Reference | None
-    parameters: Parameters
-    dtype: str | None
-    out_dtype: str | None
-    tokenizer: Tokenizer | None
-    chat_template: str | None
-    name: str | None
-    source: str
-    warnings: tuple[str, ...]
-
-    @property
-    def models(self) -> tuple[Reference, ...]:
-        """The models whose weights are read, as the inputs of the merge are numbered: listing order, bases last."""
-        listed = [e.model for part in self.modules.values() for entries in part.lists for e in entries]
-        bases = [s.base for part in self.modules.values() for s in part.slices if s.base]
-        return tuple(dict.fromkeys([*listed, *bases, *([self.base] if self.base else [])]))
-
-    @property
-    def tokenizers_only(self) -> tuple[Reference, ...]:
-        """Models that nothing but the tokenizer block names."""
-        if self.tokenizer is None:
-            return ()
-        named = [self.tokenizer.source] if isinstance(self.tokenizer.source, Reference) else []
-        named += [t.source.model for t in self.tokenizer.tokens.values() if isinstance(t.source, TokenRow)]
-        return tuple(r for r in dict.fromkeys(named) if r not in self.models)
-
-    @property
-    def donor(self) -> Reference:
-        """Whose config.json, tokenizer and side files the result gets: the base, else the model listed first."""
-        return self.base or self.models[0]
 
 
 def load_config(path: Path, *, allow_unknown_keys: bool = False) -> MergeConfig:
@@ -179,7 +78,7 @@ def read_config(text: str, *, source: str = "merge config", folders: Sequence[Pa
         names = [str(d["name"]) for d in full if isinstance(d, dict) and "name" in d]
         raise RecipeError(f"{source}: holds {len(full)} documents{' (' + ', '.join(names) + ')' if names else ''}, wanted "
                           "one. A family of named merges in one file (mergekit-multi) is not supported: put each document "
-                          "into a file of its own, merge them in order, and give the folders of the first as models of the next.")
+                          "into a file of its own, merge them in order, and name the folder of one where the next needs it.")
     return config_of(full[0] if full else None, source=source, folders=folders, allow_unknown_keys=allow_unknown_keys)
 
 
@@ -227,17 +126,15 @@ class _Reader:
             self.maybe(value, "chat_template", "", self._template), self.maybe(value, "name", "", self.text), source, ())
         if self.problems:
             return None
-        from anabranch.engine.requirements import check_method  # it needs the nouns of this file
-
         check_method(config, self.problems, self.warnings)
-        return MergeConfig(**{**vars(config), "warnings": tuple(dict.fromkeys(self.warnings))})
+        return replace(config, warnings=tuple(dict.fromkeys(self.warnings)))
 
     def _modules(self, value: dict) -> dict[str | None, Part]:
         given = [key for key in ("models", "slices", "modules") if value.get(key) not in (None, [], {})]
         if len(given) != 1:
             self.problems.append("one of `models`, `slices` and `modules` must be given, "
-                                 + (f"and {' and '.join(f'`{g}`' for g in given)} are" if given else "and none is")
-                                 + (" (an empty list does not count)" if not given and value.keys() & {"models", "slices"} else ""))
+                                 + (f"and {' and '.join(f'`{g}`' for g in given)} are" if given else
+                                    "and none is (an empty list does not count)"))
             return {}
         if given[0] != "modules":
             return {None: Part(self._models(value, ""), self._slices(value, ""), {}, "")}
@@ -256,7 +153,8 @@ class _Reader:
         self.keys(value, where, MODULE)
         given = [key for key in ("models", "slices") if value.get(key) not in (None, [], {})]
         if len(given) != 1:
-            self.problems.append(f"{where}: one of `models` and `slices` must be given, and {'both are' if given else 'none is'}")
+            self.problems.append(f"{where}: one of `models` and `slices` must be given, and "
+                                 + ("both are" if given else "none is"))
         return Part(self._models(value, f"{where}."), self._slices(value, f"{where}."),
                     self.parameters(value.get("parameters"), f"{where}.parameters"), where)
 
@@ -276,6 +174,7 @@ class _Reader:
         model = self.required(value, "model", where, self.reference)
         layers = self.required(value, "layer_range", where, self._layer_range) if known is SOURCE else None
         fisher = self.maybe(value, "fisher", where, self.text)
+        fisher = fisher and (local(fisher, self.folders) or fisher)
         parameters = self.parameters(value.get("parameters"), f"{where}.parameters")
         return Entry(model, parameters, where, layers, fisher) if model else None
 
@@ -381,7 +280,7 @@ class _Reader:
             return text
         self.problems.append(f"{where}: got {shown(text)}, wanted one of {', '.join(CHAT_TEMPLATES)}, or the Jinja text of a "
                              f"template (at least {SHORTEST_TEMPLATE} characters, with a `{{`)."
-                             + (closest(text, CHAT_TEMPLATES) if len(text) < 20 else "").split(" Known:")[0])
+                             + closest(text[:80], CHAT_TEMPLATES).split(" Known:")[0])
         return None
 
     # ---- leaves
@@ -401,7 +300,8 @@ class _Reader:
             words = method is not None and takes_words(method, name)
             read = read_setting(setting, f"{where}.{key}", self.problems, self.warnings, words=words)
             if name in found:
-                self.problems.append(f"{where}.{key}: says the same as `{found[name].where.rpartition('.')[2]}` beside it; keep one")
+                beside = found[name].where.rpartition(".")[2]
+                self.problems.append(f"{where}.{key}: says the same as `{beside}` beside it; keep one")
             elif read is not None:
                 found[name] = read
         return found
@@ -477,18 +377,17 @@ class _Reader:
     def unknown(self, key: Any, where: str, known: Iterable[str], in_parameters: bool = False) -> None:
         at = f"{where}: " if where else ""
         belongs = _home_of(key, where, in_parameters)
-        message = f"{at}unknown key `{str(key)[:60]}`{belongs or '.' + _nearest(str(key), known)}"
-        (self.warnings if self.allow_unknown else self.problems).append(message + (" It has no effect." if self.allow_unknown else ""))
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    return closest(key[:80], known)
+        message = f"{at}unknown key `{str(key)[:60]}`{belongs or '.' + closest(str(key)[:80], known)}"
+        if self.allow_unknown:
+            self.warnings.append(f"{message} It has no effect.")
+        else:
+            self.problems.append(message)
 
 
 def _home_of(key: Any, where: str, in_parameters: bool) -> str | None:
     """Where a key that stands in the wrong place belongs."""
     if in_parameters:
-        return f": it belongs at the top level, not under `parameters`" if key in TOP else None
+        return ": it belongs at the top level, not under `parameters`" if key in TOP else None
     if key == "revision":
         return ": a revision is part of the name, `model: NAME@REVISION`"
     if key in ("lora", "adapter"):

@@ -13,8 +13,8 @@ There is no table of architectures. All is read from tensor names and config.jso
              norm after an encoder) is `pre`. MergeKit calls norms and heads of inferred models `pre` as well: a defect.
     embedding  its first dimension counts tokens of the vocabulary: a loose tensor with the name of an input embedding
              or an output head (weight or bias) and with as many rows as config.json's `vocab_size`. Positions, token
-             types and per-label heads fail one of the two. An input embedding by name with other rows is taken for one
-             as well, with a warning, since such a config.json cannot be loaded.
+             types and per-label heads fail one of the two. `embed_tokens`, `wte` and `word_embeddings` are taken for one
+             with any number of rows: more than `vocab_size` is padding, fewer gets a warning.
     extra    multi-token-prediction layers (`num_nextn_predict_layers`, or under `mtp.`) are heads: `post`. Those that
              are numbered on after the last layer move with it (`{after+0}` in the template).
 """
@@ -47,10 +47,11 @@ ROLES = {
 # A count of something else than of all layers, though its name ends like one.
 NOT_A_COUNT = {"nextn", "kv", "shared", "mem", "dense", "window", "moe", "expert", "experts", "predict", "global", "local",
                "linear", "max", "min", "sparse", "frozen", "drop", "start", "end", "every", "freq", "attn", "mlp"}
-INPUT = re.compile(r"(embed_tokens(_per_layer)?|wte|word_embeddings?|tok_embeddings|token_embeddings?|shared|embed_in|"
-                   r"embeddings|embedding|embed)$")
+# Parts of a model with tokens of their own, which are none of the tokenizer's.
+OTHER_TOKENS = {"vision", "audio", "between"}
+INPUT = re.compile(r"(?!.*(position|type|patch|segment|time|rel_|class))(.*embed.*|wte|shared)$")
 SURE_INPUT = re.compile(r"(embed_tokens|wte|word_embeddings?|tok_embeddings|token_embeddings?)$")
-OUTPUT = re.compile(r"(.*lm_head|embed_out|output|proj_out|vocab_projector|output_projection|decoder|predictions)$")
+OUTPUT = re.compile(r"(.*lm_head|head|embed_out|output|proj_out|vocab_projector|output_projection|decoder|predictions)$")
 HEAD = re.compile(r"((.*_)?heads?|score|classifier.*|.*classification.*|cls|(.*_)?pooler|qa_outputs|embed_out|output|"
                   r"output_projection|(proj|norm|conv|ln)_out|final.*|vocab_(transform|layer_norm|projector)|.*_predictions|"
                   r"logit_scale|logit_bias|final_logits_bias|(text|visual)_projection|embedding_norm|ln_f|norm_f|mtp)$")
@@ -131,7 +132,7 @@ def layout_from(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) ->
         if stack is not None:  # numbered on after the last layer
             places[name] = Place(DEFAULT, None, template.replace(LAYER, f"{{after+{number - stack.count}}}", 1), "post")
             continue
-        rows, warning = _token_rows(name, info, vocabularies)
+        rows, warning = _token_rows(name, info, vocabularies, len(stacks) > 1)
         warnings += warning
         post = rows == "output" or _is_post(name, stacks)
         places[name] = Place(DEFAULT, None, name, "post" if post else "pre", rows is not None)
@@ -257,6 +258,8 @@ def _fit(prefix: str, path: tuple[str, ...]) -> tuple[int, ...]:
         stack = stack | {"text"}  # the model's own layers, or the decoder
     if "text" in stack and key == {"text", "decoder"}:
         key = {"text"}
+    if key & stack & {"vision", "audio"}:
+        key = key - {"encoder"}  # audio_config.encoder_layers of audio_tower.layers
     aside = bool(stack & {"vision", "audio", "between", "talker"}) and not key & stack
     wrong = len(key - stack) + aside
     usual = ["num_hidden_layers", "num_layers", "n_layers", "n_layer"]
@@ -291,23 +294,24 @@ def _count_keys(stacks: Sequence[_Stack], config: Mapping[str, Any]) -> dict[str
 def vocab_sizes(config: Mapping[str, Any]) -> set[int]:
     """Every size of a text vocabulary that config.json names, also in `text_config` and the like."""
     return {n for path, n in _ints(config)
-            if path[-1].startswith("vocab_size") and not _roles(".".join(path[:-1])) & {"vision", "audio"}}
+            if path[-1].startswith("vocab_size") and not _roles(".".join(path[:-1])) & OTHER_TOKENS}
 
 
 def _token_rows(
-    name: str, info: TensorInfo, vocabularies: set[int]
+    name: str, info: TensorInfo, vocabularies: set[int], several: bool
 ) -> tuple[Literal["input", "output"] | None, list[str]]:
     """Whether the first dimension counts tokens, and on which side of the model; what is odd about it."""
     *path, last = name.split(".")
     owner = path[-1] if path else ""
-    if last not in ("weight", "bias") or len(info.shape) not in (1, 2):
+    if last not in ("weight", "bias") or len(info.shape) not in (1, 2) or _roles(name) & OTHER_TOKENS:
         return None, []
     if len(info.shape) == 2 and last == "weight" and INPUT.match(owner):
         if info.shape[0] in vocabularies:
             return "input", []
-        if SURE_INPUT.match(owner) and not _roles(name) & {"vision", "audio"}:
-            said = ", ".join(map(str, sorted(vocabularies))) or "nothing"
-            return "input", [f"tensor '{name}' has {info.shape[0]} rows, and config.json's `vocab_size` says {said}"]
+        few = bool(vocabularies) and info.shape[0] < min(vocabularies)  # more is padding, or extra special tokens
+        if SURE_INPUT.match(owner) and not (few and several):  # fewer may be the tokens of another part (proteins)
+            return "input", [f"tensor '{name}' has {info.shape[0]} rows, fewer than config.json's `vocab_size` of "
+                             f"{min(vocabularies)}: the model cannot be loaded as it is"] if few else []
     return ("output" if OUTPUT.match(owner) and info.shape[0] in vocabularies else None), []
 
 
@@ -352,15 +356,17 @@ def cut_config(
         key, old = layout.count_keys.get(module), layout.layers[module]
         if list(layers) == list(range(old)):
             continue
-        if key is None:
+        # some configs (Nemotron-H) have no count, only a list of one entry per layer
+        home = _at(result, key[:-1]) if key else next((p for p in _parts(result) if _lists_layers(p, old)), None)
+        if home is None:
             warnings.append(f"config.json names no count of the {old} layers of module `{module}`: the number of its "
                             f"layers, now {len(layers)}, is not written anywhere")
             continue
-        home = _at(result, key[:-1])
-        taken = [other for name, other in layout.count_keys.items() if other is not None and name != module]
         prefix = layout.prefixes[module]
-        for name in [name for name in home if _counts_too((*key[:-1], name), key, home, old, prefix, taken)]:
-            home[name] = len(layers)
+        if key is not None:
+            taken = [other for name, other in layout.count_keys.items() if other is not None and name != module]
+            for name in [name for name in home if _counts_too((*key[:-1], name), key, home, old, prefix, taken)]:
+                home[name] = len(layers)
         foreign = [_roles(other) - _roles(prefix) for m, other in layout.prefixes.items() if m != module]
         for name in list(home):
             if not any(_roles(name) & roles for roles in foreign):
@@ -368,6 +374,10 @@ def cut_config(
         if "attention_types" in home and "attention_layers" in home:  # GPT-Neo says it twice
             home["attention_types"] = [[home["attention_layers"], 1]]
     return result, warnings
+
+
+def _lists_layers(part: Mapping[str, Any], old: int) -> bool:
+    return any(isinstance(part.get(name), list | str) and len(part[name]) == old for name in PER_LAYER)
 
 
 def _counts_too(path: tuple[str, ...], key: tuple[str, ...], home: Mapping[str, Any], old: int, prefix: str,
@@ -428,7 +438,7 @@ def set_vocab_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     """config.json with another size of the vocabulary, wherever the present one stands (also in `text_config`)."""
     result = copy.deepcopy(dict(config))
     nested = [(path, n) for path, n in _ints(result)
-              if path[-1] == "vocab_size" and not _roles(".".join(path[:-1])) & {"vision", "audio"}]
+              if path[-1] == "vocab_size" and not _roles(".".join(path[:-1])) & OTHER_TOKENS]
     main = min(nested, key=lambda p: (len(p[0]), "text" not in _roles(".".join(p[0]))), default=None)
     if main is None:
         return result | {"vocab_size": size}

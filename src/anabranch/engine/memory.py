@@ -19,7 +19,7 @@ from anabranch.errors import RecipeError
 from anabranch.merge.stack import CHUNK
 
 # Entries of a block when memory is no concern: the float32 copies of a few inputs stay in a core's cache.
-ENTRIES = 1 << 17
+ENTRIES = 1 << 18
 # What a method keeps beside its inputs, in float32 numbers per entry: so many for each branch, and so many more.
 TEMPORARIES = {"entry": (4, 6), "row": (6, 8), "tensor": (8, 10)}
 # Interpreter and libraries, where the system does not tell; and what allocators keep without need.

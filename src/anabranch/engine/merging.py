@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import anabranch.merge as maths
 from anabranch import __version__
 from anabranch.artifacts import MergeInput, MergeManifest, digest, file_digest
 from anabranch.engine.blocks import MERGED, Buffers, PlainReader, new_hash
-from anabranch.engine.checkpoint import INDEX, PICKLES, Checkpoint
-from anabranch.engine.layout import layout_of
+from anabranch.engine.checkpoint import Checkpoint
+from anabranch.engine.config import MergeConfig
+from anabranch.engine.dialect import load_config, read_config
+from anabranch.engine.layout import layout_of, set_dtype
 from anabranch.engine.memory import plan_memory
-from anabranch.engine.output import MANIFEST, Done, OutputFolder, tensor_hash
+from anabranch.engine.output import MANIFEST, Done, OutputFolder, existing_parent, tensor_hash
 from anabranch.engine.plan import DTYPES, OutputPlan, Step, lay_out, line_up, parse_size
+from anabranch.engine.prepare import Options, Prepared, prepare
 from anabranch.engine.stream import Merge, Progress, Settings, stream
 from anabranch.engine.wanted import COPY, Input, Source, Wanted
 from anabranch.errors import AnabranchError, CorruptedError, OutputError, RecipeError, closest
-
-# What the base brings along. Its card, training state and pickles are not among it: they describe another model.
-CARRIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*",
-           "*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja", "*processor_config.json")
-
+from anabranch.surgery.side_files import carry_tokenizer
 
 def merge_checkpoints(
     method: str,
@@ -84,10 +86,145 @@ def merge_checkpoints(
     embeddings = {name for name, place in layout_of(origin).places.items() if place.embedding}
     tensors = [_wanted(record, arguments, weights, origin, name, dtype, name in embeddings) for name in names]
     inputs = (*(Input(str(branch), branch) for branch in branches), Input(str(base), base))
-    merge = Merge(inputs, opened, lay_out(tensors, limit), seed)
+    merge = Merge(inputs, opened, lay_out(tensors, limit, origin.stem), seed)
     folder = OutputFolder(out, merge.plan, carried_files(origin, merge.plan, dtype))
     settings = replace(settings or Settings(threads=min(4, os.cpu_count() or 1)), displacements=True)
     return write(merge, folder, settings, wanted, progress)
+
+
+def merge_config(
+    config: Path | str | Mapping[str, Any],
+    out: Path | str,
+    *,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    allow_unknown_keys: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> MergeManifest:
+    """`anabranch merge CONFIG OUT`: merge what a config names into the model folder `out`.
+
+    Args:
+        config: a YAML file in MergeKit's grammar, or what would stand in one.
+        out: the folder to make. If it holds this very merge, nothing is done; after a kill, the same call goes on.
+        options: what decides the bytes beside the config: seed, shard size, which models are accepted.
+        settings: threads, memory, device.
+        warn: told each thing that the user should know; none is an error.
+    Raises:
+        AnabranchError: everything that is wrong with config and models, in one message, before a byte is written; an input
+            that is damaged or holds a NaN; no space; `out` holds something else.
+    """
+    out = Path(out)
+    text = text_of(config)
+    with converting(options or Options(), out) as taken:
+        prepared = prepare(parsed(config, text, allow_unknown_keys), text, taken)
+        for warning in prepared.warnings if warn is not None else ():
+            warn(warning)  # type: ignore[misc]
+        recorded = _recorded(prepared, text, taken)
+        if (finished := already_there(out, recorded)) is not None:
+            _check_inputs_unchanged(prepared.merge, finished, out)
+            return finished
+        folder = OutputFolder(out, prepared.merge.plan, prepared.files)
+        return write(prepared.merge, folder, settings or Settings(), recorded, progress)
+
+
+def verify(folder: Path, *, files_only: bool = False, settings: Settings | None = None,
+           progress: Callable[[Progress], None] | None = None) -> list[str]:
+    """`anabranch verify OUT`: what is wrong with a merged folder; nothing, if the list is empty.
+
+    Its files and tensors are held to the hashes of the manifest; then, for a folder made from a config, the merge is
+    computed once more from the same inputs, written nowhere, and its hashes are compared. Raises AnabranchError where the
+    inputs can no longer be had.
+    """
+    problems = verify_files(folder)
+    if problems or files_only:
+        return problems
+    manifest = MergeManifest.load(folder / MANIFEST)
+    if manifest.config is None:
+        return []
+    with converting(Options(seed=manifest.seed, allow_mixed=True), folder) as options:
+        merge = prepare(parsed(None, manifest.config, True), manifest.config, options).merge
+        done = stream(merge, None, settings or Settings(), progress)
+    return _changed_inputs(merge, manifest, done) + [
+        f"tensor '{name}': computed again it has other bytes" for name in sorted(done.keys() | manifest.tensors.keys())
+        if name not in done or done[name].hash != manifest.tensors.get(name)]
+
+
+def text_of(config: Path | str | Mapping[str, Any]) -> str:
+    """The YAML of a config, to keep beside the result."""
+    if isinstance(config, Mapping):
+        return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    try:
+        return Path(config).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise RecipeError(f"merge config {config}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"merge config {config}: not text in UTF-8 ({error}).") from error
+
+
+def parsed(config: Path | str | Mapping[str, Any] | None, text: str, allow_unknown_keys: bool) -> MergeConfig:
+    """The config, validated. Relative paths count from the working folder, then from the config's own."""
+    if isinstance(config, (Path, str)):
+        return load_config(Path(config), allow_unknown_keys=allow_unknown_keys)
+    return read_config(text, allow_unknown_keys=allow_unknown_keys)
+
+
+@contextmanager
+def converting(options: Options, out: Path) -> Iterator[Options]:
+    """Where pickled weights are allowed, they are written anew beside the result for as long as the merge takes."""
+    if options.converted is None:
+        yield options
+        return
+    place = out.with_name(out.name + ".converted")
+    try:
+        yield replace(options, converted=place)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _recorded(prepared: Prepared, text: str, options: Options) -> dict[str, Any]:
+    methods = sorted({step.wanted.method for step in prepared.merge.plan.steps if step.merged})
+    return {"method": ", ".join(methods) or "copy", "config": text, "seed": options.seed, "dtype": prepared.dtype}
+
+
+def _check_inputs_unchanged(merge: Merge, manifest: MergeManifest, out: Path) -> None:
+    if changed := _changed_inputs(merge, manifest, None):
+        raise OutputError.of(f"{out} holds a merge of this config, but of other weights. Choose another output folder, or "
+                             "remove this one; nothing was changed.", changed)
+
+
+def _changed_inputs(merge: Merge, manifest: MergeManifest, done: Mapping[str, Done] | None) -> list[str]:
+    found = {one.label: hashed for one, hashed in zip(merge.inputs, input_hashes(merge, done), strict=True)}
+    return [f"input {one.label}: its tensors are not those that were merged" for one in manifest.inputs
+            if found.get(one.label) != one.hash]
+
+
+def describe(prepared: Prepared, settings: Settings, out: Path) -> list[str]:
+    """`anabranch merge --dry-run`: what would be read, done and written, in lines."""
+    merge, plan = prepared.merge, prepared.merge.plan
+    memory = plan_memory(plan.steps, settings.memory, settings.threads)
+    methods: dict[str, int] = {}
+    for step in plan.steps:
+        methods[step.wanted.method or "copied"] = methods.get(step.wanted.method or "copied", 0) + 1
+    read = {source: merge.opened[source.input].tensors[source.name].size for step in plan.steps for source in step.wanted.sources}
+    folder = OutputFolder(out, plan, prepared.files)
+    free = shutil.disk_usage(existing_parent(out)).free
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(methods.items()))
+    return [
+        *(f"input: {one.label} ({len(checkpoint.tensors)} tensors, {sum(t.size for t in checkpoint.tensors.values()) / 1e6:,.1f} MB)"
+          for one, checkpoint in zip(merge.inputs, merge.opened, strict=True)),
+        f"tensors: {len(plan.steps)} ({counts}), {plan.parameters:,} parameters, {prepared.dtype}",
+        f"reads: {sum(read.values()) / 1e6:,.1f} MB" + _passes(plan.steps),
+        f"writes: {folder.size / 1e6:,.1f} MB in {len(plan.shards)} weight file{'s' if len(plan.shards) != 1 else ''} and "
+        f"{len(prepared.files)} others; {free / 1e6:,.0f} MB are free in {existing_parent(out)}",
+        f"memory: at most {memory.peak / 1e6:,.0f} MB of {settings.memory / 1e6:,.0f} MB allowed, {settings.threads} "
+        f"thread{'s' if settings.threads != 1 else ''} on {settings.device}",
+        *([] if folder.size <= free else [f"problem: the disk has {folder.size - free:,} bytes too little"])]
+
+
+def _passes(steps: Sequence[Step]) -> str:
+    several = sum(1 for s in steps if s.merged and maths.method_named(s.wanted.method).streamed is not None)
+    return f" (of {several} tensors some more than once, for sums and ranks over a whole tensor)" if several else ""
 
 
 def write(merge: Merge, folder: OutputFolder, settings: Settings, recorded: Mapping[str, Any],
@@ -239,29 +376,15 @@ def already_there(out: Path, wanted: Mapping[str, Any]) -> MergeManifest | None:
     return manifest
 
 
-def carried_files(base: Checkpoint, plan: OutputPlan, dtype: str | None,
-                  config: dict[str, Any] | None = None) -> dict[str, Path | bytes]:
-    """Name in the result -> the base's file, or new bytes. `config` takes the place of the base's config.json."""
-    patterns = [*CARRIED, *(["*.py"] if "auto_map" in base.config else [])]
-    files: dict[str, Path | bytes] = {
-        path.relative_to(base.folder).as_posix(): path
-        for pattern in patterns for path in base.folder.glob(pattern)
-        if path.is_file() and not path.name.endswith((*PICKLES, ".safetensors"))
-    }
-    config = base.config if config is None else config
-    if dtype:
-        config = _with_dtype(config, dtype)
-        if not {"dtype", "torch_dtype"} & config.keys():
-            config = config | {"dtype": dtype}
+def carried_files(base: Checkpoint, plan: OutputPlan, dtype: str | None) -> dict[str, Path | bytes]:
+    """What the base brings along: name in the result -> its file, or new bytes. Its card and training state are not among
+    it: they describe another model."""
+    files: dict[str, Path | bytes] = dict(carry_tokenizer(base.folder))
+    if "auto_map" in base.config:
+        files |= {path.name: path for path in base.folder.glob("*.py")}
+    config = set_dtype(base.config, dtype) if dtype else base.config
     files["config.json"] = (base.folder / "config.json" if config == base.config
                             else (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     if plan.index is not None:
-        files[INDEX] = plan.index
+        files[plan.index_file] = plan.index
     return dict(sorted(files.items()))
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json with every dtype of weights in it, also of its inner configs, set to `dtype`."""
-    return {key: dtype if key in ("dtype", "torch_dtype") and isinstance(value, str)
-            else _with_dtype(value, dtype) if isinstance(value, dict) else value
-            for key, value in config.items()}

@@ -139,7 +139,7 @@ class OutputFolder:
             raise OutputError(self._no_room(_reason(error))) from error
 
     def _no_room(self, reason: str) -> str:
-        written, free = self.written, shutil.disk_usage(_existing_parent(self.out)).free
+        written, free = self.written, shutil.disk_usage(existing_parent(self.out)).free
         kept = (f" What is written so far ({written:,} bytes) stays in {self.partial} and will be used; delete that "
                 "folder if you give up." if written else "")
         return (f"cannot write the merged model {self.out}: {reason}. It needs {self.size:,} bytes, of which "
@@ -264,7 +264,7 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
     return next(p for p in path.absolute().parents if p.exists())
 
 

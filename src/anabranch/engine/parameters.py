@@ -22,55 +22,37 @@ EVERYTHING = "*"
 
 @dataclass(frozen=True)
 class Choice:
-    """One entry of a setting by tensor. `filter` is a plain piece of text, no pattern; None: every tensor."""
+    """A value for some tensors. `filter` is a plain piece of their names, no pattern; None: every tensor."""
 
-    value: float | Gradient
+    value: float | str | Gradient
     filter: str | None = None
 
     def fits(self, tensor: str) -> bool:
         return self.filter is None or self.filter == EVERYTHING or self.filter in tensor
 
+    def at(self, t: float) -> float | str:
+        return interpolated(self.value, t) if isinstance(self.value, tuple) else self.value
+
 
 @dataclass(frozen=True)
 class Setting:
-    """What a config says about one parameter in one place, `where`: a number, a gradient, a word, or choices."""
+    """What a config says about one parameter in one place, `where`. Without filters it is one choice."""
 
     where: str
-    value: float | str | Gradient | tuple[Choice, ...]
+    choices: tuple[Choice, ...]
 
     def at(self, tensor: str, t: float) -> float | str | None:
         """The value for a tensor at place `t`; None where no filter fits. Merge specification, 2.4."""
-        if isinstance(self.value, (float, str)):
-            return self.value
-        if self.value and isinstance(self.value[0], Choice):
-            for choice in self.value:
-                if isinstance(choice, Choice) and choice.fits(tensor):
-                    return choice.value if isinstance(choice.value, float) else interpolated(choice.value, t)
-            return None
-        return interpolated(self.value, t)  # type: ignore[arg-type] - no choices: checked above
+        return next((choice.at(t) for choice in self.choices if choice.fits(tensor)), None)
 
     @property
-    def numbers(self) -> list[float]:
-        """Every number that stands in it."""
-        if isinstance(self.value, str):
-            return []
-        parts = self.value if isinstance(self.value, tuple) else (self.value,)
-        values = [part.value if isinstance(part, Choice) else part for part in parts]
-        return [n for v in values for n in (v if isinstance(v, tuple) else (v,))]
+    def values(self) -> list[float | str]:
+        """Every number or word that stands in it."""
+        return [v for c in self.choices for v in (c.value if isinstance(c.value, tuple) else (c.value,))]
 
     @property
     def filters(self) -> list[str]:
-        if isinstance(self.value, tuple):
-            return [c.filter for c in self.value if isinstance(c, Choice) and c.filter not in (None, EVERYTHING)]
-        return []
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether a value of it depends on the place."""
-        if not isinstance(self.value, tuple):
-            return False
-        parts = [c.value for c in self.value if isinstance(c, Choice)] or [self.value]
-        return any(isinstance(p, tuple) and len(set(p)) > 1 for p in parts)
+        return [c.filter for c in self.choices if c.filter is not None and c.filter != EVERYTHING]
 
 
 def interpolated(points: Sequence[float], t: float) -> float:
@@ -105,17 +87,18 @@ def read_setting(value: Any, where: str, problems: list[str], warnings: list[str
     `words`: a single word is a value too (`rescale: inverse_density`).
     """
     before = len(problems)
-    result: float | str | Gradient | tuple[Choice, ...] | None
+    choices: tuple[Choice, ...]
     if words and isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_]*", value):
-        result = value
+        choices = (Choice(value),)
     elif isinstance(value, dict):
-        result = tuple(_choices([value], [where], problems, warnings))
+        choices = tuple(_choices([value], [where], problems, warnings))
     elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
-        result = tuple(_choices(value, [f"{where}[{i}]" for i in range(len(value))],
+        choices = tuple(_choices(value, [f"{where}[{i}]" for i in range(len(value))],
                                 problems, warnings))
     else:
-        result = _number_or_gradient(value, where, problems)
-    return Setting(where, result) if len(problems) == before and result is not None else None
+        found = _number_or_gradient(value, where, problems)
+        choices = () if found is None else (Choice(found),)
+    return Setting(where, choices) if len(problems) == before else None
 
 
 def _choices(entries: Sequence[Any], places: Sequence[str], problems: list[str],

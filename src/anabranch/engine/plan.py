@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anabranch.engine.blocks import MERGED
-from anabranch.engine.checkpoint import ITEM_SIZES, WEIGHTS, Checkpoint
+from anabranch.engine.checkpoint import ITEM_SIZES, STEMS, Checkpoint
 from anabranch.engine.wanted import COPY, Wanted
 from anabranch.errors import ModelError, RecipeError, ShapeMismatch
 
@@ -55,6 +55,7 @@ class Shard:
 @dataclass(frozen=True)
 class OutputPlan:
     shards: tuple[Shard, ...]
+    stem: str = STEMS[0]
 
     @property
     def steps(self) -> list[Step]:
@@ -68,6 +69,10 @@ class OutputPlan:
     @property
     def parameters(self) -> int:
         return sum(step.wanted.numel for step in self.steps if step.wanted.dtype in MERGED)
+
+    @property
+    def index_file(self) -> str:
+        return f"{self.stem}.safetensors.index.json"
 
     @property
     def index(self) -> bytes | None:
@@ -155,10 +160,10 @@ def _cut(problems: list[str]) -> list[str]:
     return [*problems[:SHOWN], f".. and {more} more like these"] if more > 0 else problems
 
 
-def lay_out(wanted: Sequence[Wanted], max_shard_size: int) -> OutputPlan:
+def lay_out(wanted: Sequence[Wanted], max_shard_size: int, stem: str = STEMS[0]) -> OutputPlan:
     """Give each tensor its file and place; files hold at most `max_shard_size` bytes of tensors, or one larger tensor.
 
-    The order given does not matter.
+    The order given does not matter. `stem` is what the files are called: 'model', or 'diffusion_pytorch_model'.
     """
     groups: list[list[Wanted]] = [[]]
     filled = 0
@@ -169,7 +174,7 @@ def lay_out(wanted: Sequence[Wanted], max_shard_size: int) -> OutputPlan:
             filled = 0
         groups[-1].append(tensor)
         filled += size
-    return OutputPlan(tuple(_shard(i, _file_name(i, len(groups)), group) for i, group in enumerate(groups)))
+    return OutputPlan(tuple(_shard(i, _file_name(stem, i, len(groups)), group) for i, group in enumerate(groups)), stem)
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -177,8 +182,8 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _file_name(i: int, count: int) -> str:
-    return WEIGHTS if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+def _file_name(stem: str, i: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _shard(number: int, file: str, group: list[Wanted]) -> Shard:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from anabranch.engine.config import Entry, MergeConfig, Part, Slice
 from anabranch.engine.conventions import (
     BASE_IS_A_BRANCH,
     TASK_ARITHMETIC,
@@ -16,7 +17,6 @@ from anabranch.engine.conventions import (
     typed,
     why_inert,
 )
-from anabranch.engine.dialect import Entry, MergeConfig, Part, Slice
 from anabranch.engine.parameters import Setting
 from anabranch.engine.reference import Reference
 from anabranch.merge import METHODS, MergeMethod
@@ -95,18 +95,18 @@ def _check_duplicates(stretch: Stretch, weighted: bool, problems: list[str]) -> 
     seen: dict[Reference, Entry] = {}
     for entry in stretch.entries:
         if entry.model in seen:
-            problems.append(f"{entry.where}: {entry.model} is already {seen[entry.model].where}. The peer drops the second without "
-                            "a word. Keep one entry" + (", with the sum of the two weights." if weighted else "."))
+            problems.append(f"{entry.where}: {entry.model} is already {seen[entry.model].where}. The peer drops the second "
+                            "without a word. Keep one entry" + (", with the sum of the weights." if weighted else "."))
         seen.setdefault(entry.model, entry)
 
 
 def _check_count(config: MergeConfig, method: MergeMethod, stretch: Stretch, roles: Roles, problems: list[str]) -> None:
-    least, most = method.branches
+    least, most = (2, 2) if method.name == "nuslerp" else method.branches  # one: where a tensor is in one of the two
     count = len({e.model for e in roles.branches})
     base = stretch.base
     if method.name == "nuslerp" and base in [e.model for e in stretch.entries]:
-        problems.append(f"{stretch.where}: nuslerp subtracts the base from two other models, and {base} is both base_model and in "
-                        "the list. Remove `base_model` to merge the models themselves, or use slerp.")
+        problems.append(f"{stretch.where}: nuslerp subtracts the base from two other models, and {base} is base_model and in "
+                        "the list as well. Remove `base_model` to merge the models themselves, or use slerp.")
         return
     if least <= count <= most:
         return
@@ -121,7 +121,8 @@ def _check_count(config: MergeConfig, method: MergeMethod, stretch: Stretch, rol
         remedy = " The base is not merged with itself: list the model that it is to be merged with."
     elif method.name == "passthrough":
         remedy = " To put layers of several models together, give each a slice of its own."
-    problems.append(f"{stretch.where}: {method.name} merges {wanted} model{'s' * (wanted != '1')}{beside}, got {count}.{remedy}")
+    models = "model" if wanted == "1" else "models"
+    problems.append(f"{stretch.where}: {method.name} merges {wanted} {models}{beside}, got {count}.{remedy}")
 
 
 def _check_required(config: MergeConfig, method: MergeMethod, reads: Mapping[str, Read], stretch: Stretch, roles: Roles,
@@ -134,15 +135,15 @@ def _check_required(config: MergeConfig, method: MergeMethod, reads: Mapping[str
         if read.scope == "merge":
             strayed = [e.where for e in stretch.entries if name in e.parameters]
             problems.append(f"{stretch.where}: {method.name} needs `{spelled[name]}`, and it is not set"
-                            + (f" where it is read: beside a model ({strayed[0]}.parameters) it has no effect" if strayed else "")
+                            + (f" where it is read ({strayed[0]}.parameters is not)" if strayed else "")
                             + f". Write `parameters: {{{spelled[name]}: ..}}` at the top level.")
             continue
         for entry in roles.branches:
             if name in entry.parameters:
                 continue
             problems.append(f"{entry.where} ({entry.model}): {method.name} needs `{spelled[name]}` for it, and it is not set. "
-                            + (f"In the peer's {method.name} a base_model is one more model: list it with `{spelled[name]}: 0`, "
-                               "or remove `base_model`." if entry.where == "base_model"
+                            + (f"In the peer's {method.name} a base_model is one more model: list it with "
+                               f"`{spelled[name]}: 0`, or remove `base_model`." if entry.where == "base_model"
                                else f"Write `parameters: {{{spelled[name]}: ..}}` below the model."))
 
 
@@ -158,8 +159,9 @@ def _check_sidecars(method: MergeMethod, stretch: Stretch, roles: Roles, problem
     for entry in stretch.entries:
         if entry.fisher is not None and not (wanted and entry in roles.branches):
             warnings.append(f"{entry.where}.fisher: has no effect under {method.name}")
-    problems += [f"{e.where} ({e.model}): {method.name} needs its Fisher information: `fisher: FILE.safetensors` beside `model`, with a "
-                 "tensor of the same name and shape for each of the model's" for e in roles.branches if wanted and e.fisher is None]
+    problems += [f"{e.where} ({e.model}): {method.name} needs its Fisher information: `fisher: FILE.safetensors` beside "
+                 "`model`, with a tensor of the same name and shape for each of the model's"
+                 for e in roles.branches if wanted and e.fisher is None]
 
 
 def _check_levels(config: MergeConfig, method: MergeMethod, reads: Mapping[str, Read], problems: list[str],
@@ -172,11 +174,11 @@ def _check_levels(config: MergeConfig, method: MergeMethod, reads: Mapping[str, 
                 warnings.append(f"{setting.where}: has no effect under {method.name}{why_inert(said)}")
                 continue
             if beside_model and reads[name].scope == "merge":
-                message = (f"{setting.where}: {method.name} has one `{said}` for all models and never looks for it beside one, so it "
-                           "has no effect. Move it to the `parameters` of the slice or of the top level.")
+                message = (f"{setting.where}: {method.name} has one `{said}` for all models and never looks for it beside one, "
+                           "so it has no effect. Move it to the `parameters` of the slice or of the top level.")
                 (warnings if config.dialect == "mergekit" else problems).append(message)
                 continue
-            for value in ([setting.value] if isinstance(setting.value, str) else dict.fromkeys(setting.numbers)):
+            for value in dict.fromkeys(setting.values):
                 try:
                     typed(reads[name], method.name, config.dialect, value)
                 except ValueError as error:
@@ -197,9 +199,9 @@ def _levels(config: MergeConfig) -> Iterator[tuple[Mapping[str, Setting], bool]]
 
 
 def _remark(method: MergeMethod, name: str, setting: Setting, warnings: list[str]) -> None:
-    if name == "t" and method.name == "slerp" and any(not 0 <= n <= 1 for n in setting.numbers):
+    if name == "t" and method.name == "slerp" and any(isinstance(v, float) and not 0 <= v <= 1 for v in setting.values):
         warnings.append(f"{setting.where}: outside 0 to 1 the result lies beyond the two models")
-    if name == "density" and method.name in TASK_ARITHMETIC and 0.0 in setting.numbers:
+    if name == "density" and method.name in TASK_ARITHMETIC and 0.0 in setting.values:
         warnings.append(f"{setting.where}: a density of 0 drops all that the model changed")
 
 
@@ -215,6 +217,6 @@ def weight_sums(method: str, normalize: bool, weights: Sequence[float]) -> tuple
     if normalize and method in TASK_ARITHMETIC and abs(total) < 1e-8:
         return None, "the weights sum to 0, and `normalize` divides by 1 instead"
     if normalize and min(weights, default=0) < 0:
-        return None, ("a negative weight together with `normalize`: where the weights that are summed nearly cancel, the quotient "
-                      "grows without bound or changes its sign")
+        return None, ("a negative weight together with `normalize`: where the weights that are summed nearly cancel, the "
+                      "quotient grows without bound or changes its sign")
     return None, None

@@ -182,10 +182,11 @@ def fisher(
 ) -> Float[Tensor, " *shape"]:
     r"""Average in which every entry is weighted by what each branch's data say about it.
 
-    \theta = \sum_k w_k F_k \theta_k / \sum_k w_k F_k = \theta_1 + \sum_k w_k F_k (\theta_k - \theta_1) / \sum_k w_k F_k
+    \theta = \sum_k w_k F_k \theta_k / \sum_k w_k F_k = \theta_b + \sum_k w_k F_k (\theta_k - \theta_b) / \sum_k w_k F_k
 
     F_k is the diagonal of branch k's Fisher information (mean squared gradient of the log-likelihood). The second form
-    is computed: entries on which the branches agree are kept to the bit. An entry of which no branch's data say
+    is computed, b being the branch whose w_b F_b is largest at that entry: what all branches agree on, and what one
+    branch alone knows, is kept to the bit. An entry of which no branch's data say
     anything (all w_k F_k are 0) takes the plain weighted mean, F_k = 1.
 
     Args:
@@ -207,15 +208,19 @@ def fisher(
         raise ValueError(f"weights: got {w}, wanted numbers >= 0 that are not all 0")
     if not bool(torch.isfinite(fisher).all()) or bool((fisher < 0).any()):
         raise ValueError("fisher: holds negative numbers, NaN or infinity; information is finite and >= 0")
-    divisor, plain = torch.zeros_like(branches[0]), math.fsum(w)
-    for information, weight in zip(fisher, w, strict=True):
-        divisor += information * weight
-    informed = divisor > 0
-    step = torch.zeros_like(divisor)
-    for branch, information, weight in zip(branches, fisher, w, strict=True):
-        share = torch.where(informed, (information * weight).div_(divisor), weight / plain)
-        step += (branch - branches[0]).mul_(share)
-    return step.add_(branches[0])
+    # [k, *shape]: what each branch's number counts; its weight alone where no branch's data say anything.
+    said = torch.stack([information * weight for information, weight in zip(fisher, w, strict=True)])
+    unsaid = said.amax(0) == 0
+    for row, weight in zip(said, w, strict=True):
+        row.masked_fill_(unsaid, weight)
+    best = said.argmax(0, keepdim=True)
+    anchor = branches.gather(0, best)[0]
+    divisor, step = torch.zeros_like(anchor), torch.zeros_like(anchor)
+    for row in said:
+        divisor += row
+    for branch, row in zip(branches, said, strict=True):
+        step += (branch - anchor).mul_(row.div_(divisor))
+    return step.add_(anchor)
 
 
 def finite(weights: Float[Tensor, " k"]) -> list[float]:

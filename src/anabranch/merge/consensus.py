@@ -27,11 +27,16 @@ def agreeing(steps: Float[Tensor, " k *n"]) -> Bool[Tensor, " k *n"]:
 
     A branch that does not move an entry never agrees. The sum is formed in float32 in the order of the branches.
     """
+    up = summed(steps) >= 0
+    return torch.stack([((step > 0) & up) | ((step < 0) & ~up) for step in steps])
+
+
+def summed(steps: Float[Tensor, "k *n"]) -> Float[Tensor, "*n"]:
+    """The sum of all steps, in float32 in the order of the branches."""
     total = steps[0].clone()
     for step in steps[1:]:
         total += step
-    up = total >= 0
-    return torch.stack([((step > 0) & up) | ((step < 0) & ~up) for step in steps])
+    return total
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Consensus:
         d_i = d_i * factors[i], if that is not 1
         D_i = d_i * weights[i]
         consensus:   S = D_1 + D_2 + ..;  m_i = D_i > 0 where S >= 0, D_i < 0 elsewhere
-                     M = 0 + (D_1 where m_1, else 0) + ..
+                     M = S * 0 + (D_1 where m_1, else 0) + ..      (S * 0: a NaN or an infinity is not outvoted)
                      normalize:  V = 0 + (weights[1] where m_1, else 0) + ..;  M = M / (V, or 1 where V == 0)
                      M = M * scale, if that is not 1
         otherwise:   M = D_1 + D_2 + ..;  M = M * float32(scale / V), if that is not 1, where V is 1 unless normalize:
@@ -102,7 +107,7 @@ class Consensus:
 
     def _elected(self, weighted: Tensor) -> Tensor:
         agree = agreeing(weighted)
-        total, divisor = torch.zeros_like(weighted[0]), torch.zeros_like(weighted[0])
+        total, divisor = summed(weighted).mul_(0.0), torch.zeros_like(weighted[0])
         for step, mask, w in zip(weighted, agree, self.weights, strict=True):
             total += step.masked_fill_(~mask, 0.0)
             divisor += mask * w

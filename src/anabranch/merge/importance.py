@@ -176,7 +176,8 @@ def _variance(block: Block) -> Float[Tensor, " 1 *n"]:
     variance = torch.zeros_like(mean)
     for x in shifted:
         variance += (x - mean).square_()
-    return variance.div_(len(shifted)).unsqueeze(0)
+    # abs_ changes nothing but the sign of a NaN, and one with a sign could not be told where numbers are ranked.
+    return variance.div_(len(shifted)).abs_().unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -409,6 +410,8 @@ def _order_statistics(stack: Stack, places: list[int]) -> list[float]:
     negative, least = 0, math.inf
     for block in stack:
         i = _importance(block)
+        if bool(i.isnan().any()):
+            raise ValueError("a NaN among the numbers to be ranked")
         negative, least = negative + int((i < 0).sum()), min(least, float(i.min()))
     up, down = largest(stack, sides, [[stack.numel - place for place in places], [place + 1 for place in places]])
     return [least if place == 0 else -d.value if place < negative else u.value

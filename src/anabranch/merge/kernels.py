@@ -163,7 +163,7 @@ def consent(x, base, cuts, lasts, ceilings, ceiling_lasts, factors, weights, ele
         if elect:
             for j in range(count):
                 wide[j] = total[j]
-                total[j] = none
+                total[j] = wide[j] * none
                 divisor[j] = none
             for i in range(k):
                 row, weight = steps[i], weights[i]
@@ -202,20 +202,53 @@ def count_upper(x, base, table):
 
 
 @njit(**FLAGS)
-def count_lower(x, base, branches, buckets, table):
-    """Add to table[c, b] the number of entries of |x_i - x_0|, i = branches[c], with upper 16 bits buckets[c], lower b."""
+def count_bracket(x, base, rows, low, above, tables):
+    """For cut c, of branch rows[c]: add to above[c] the number of entries of |x_i - x_0| whose bits lie beyond tables[c],
+    and to tables[c, b] that of entries with bits low[c] + b. `rows` must be sorted."""
     n = x.shape[1]
     zero, wide = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     bits = wide.view(np.uint32)
+    width = np.uint32(tables.shape[1])
     for start in range(0, n, TILE):
         count = min(TILE, n - start)
         _widen(base[start : start + count], zero)
-        for c in range(len(branches)):
-            if c == 0 or branches[c] != branches[c - 1]:
-                _widen(x[branches[c], start : start + count], wide)
+        for c in range(len(rows)):
+            if c == 0 or rows[c] != rows[c - 1]:
+                _widen(x[rows[c], start : start + count], wide)
                 for j in range(count):
                     wide[j] = abs(wide[j] - zero[j])
-            row, bucket = table[c], np.uint32(buckets[c])
+            first = np.uint32(low[c])
+            beyond, inside = 0, 0
             for j in range(count):
-                if bits[j] >> np.uint32(16) == bucket:
-                    row[bits[j] & np.uint32(0xFFFF)] += 1
+                beyond += bits[j] >= np.uint32(first + width)
+                inside += bits[j] >= first
+            above[c] += beyond
+            if inside > beyond:
+                row = tables[c]
+                for j in range(count):
+                    place = np.uint32(bits[j] - first)
+                    if place < width:
+                        row[place] += 1
+
+
+@njit(**FLAGS)
+def nth_equal(x, base, bits, n):
+    """(index of the n-th entry of |x - x_0| with these bits, 0), or (-1, how many of n are still to come)."""
+    zero, wide = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    have = wide.view(np.uint32)
+    sought = np.uint32(bits)
+    for start in range(0, x.size, TILE):
+        count = min(TILE, x.size - start)
+        _widen(base[start : start + count], zero)
+        _widen(x[start : start + count], wide)
+        equal = 0
+        for j in range(count):
+            wide[j] = abs(wide[j] - zero[j])
+            equal += have[j] == sought
+        if equal >= n:
+            for j in range(count):
+                n -= have[j] == sought
+                if n == 0:
+                    return start + j, 0
+        n -= equal
+    return -1, n

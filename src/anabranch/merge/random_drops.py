@@ -60,7 +60,7 @@ def dare_linear(
 
 @streams("dare_linear")
 def dare_linear_streamed(
-    stack: Stack, weights: Tensor, draws: Tensor | None = None, *, density: PerBranch = 1.0, normalize: bool = False,
+    stack: Stack, weights: Tensor, *, density: PerBranch = 1.0, normalize: bool = False,
     scale: float = 1.0, rescale: str = "inverse_density",
 ) -> Dropped:
     return _dare(stack, weights, density, rescale, False, normalize, scale)
@@ -107,7 +107,7 @@ def dare_ties(
 
 @streams("dare_ties")
 def dare_ties_streamed(
-    stack: Stack, weights: Tensor, draws: Tensor | None = None, *, density: PerBranch = 1.0, normalize: bool = False,
+    stack: Stack, weights: Tensor, *, density: PerBranch = 1.0, normalize: bool = False,
     scale: float = 1.0, rescale: str = "inverse_density",
 ) -> Dropped:
     return _dare(stack, weights, density, rescale, True, normalize, scale)
@@ -155,7 +155,7 @@ def della(
 
 @streams("della")
 def della_streamed(
-    stack: Stack, weights: Tensor, draws: Tensor | None = None, *, density: PerBranch = 1.0, epsilon: PerBranch = 0.15,
+    stack: Stack, weights: Tensor, *, density: PerBranch = 1.0, epsilon: PerBranch = 0.15,
     normalize: bool = True, scale: float = 1.0, rescale: str = "inverse_probability",
 ) -> Dropped:
     return _della(stack, weights, density, epsilon, rescale, True, normalize, scale)
@@ -209,7 +209,7 @@ def della_linear(
 
 @streams("della_linear")
 def della_linear_streamed(
-    stack: Stack, weights: Tensor, draws: Tensor | None = None, *, density: PerBranch = 1.0, epsilon: PerBranch = 0.15,
+    stack: Stack, weights: Tensor, *, density: PerBranch = 1.0, epsilon: PerBranch = 0.15,
     normalize: bool = False, scale: float = 1.0, rescale: str = "inverse_probability",
 ) -> Dropped:
     return _della(stack, weights, density, epsilon, rescale, False, normalize, scale)
@@ -244,9 +244,7 @@ def _merge(weights: Tensor, consensus: bool, normalize: bool, scale: float) -> C
 
 def _scaled(stack: Stack, dropped: Dropped, rescale: str) -> Dropped:
     if rescale == "l1" and any(rho < 1 for rho in dropped.densities):
-        factors = l1_factors(stack, dropped.kept)
-        factors = tuple(1.0 if rho >= 1 else f for f, rho in zip(factors, dropped.densities, strict=True))
-        return replace(dropped, factors=factors)
+        return replace(dropped, factors=l1_factors(stack, dropped.kept))
     return replace(dropped, each=rescale.startswith("inverse"))
 
 

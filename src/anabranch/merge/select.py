@@ -5,8 +5,9 @@ first, then the lower 16 of those entries whose upper bits hold the place that i
 per cut, whatever the size of the tensor; the result is exact, so it cannot depend on blocks, threads or sampling. Where
 several entries equal the last one kept, those with the lower flat index are kept (a third pass finds where that ends).
 
-A stack may count the magnitudes of its task vectors in a faster way of its own: `count_upper() -> int64 [k, UPPER]` and
-`count_lower([(branch, bucket), ..]) -> int64 [.., LOWER]`, each None where it cannot.
+A stack may rank the magnitudes of its task vectors in a faster way of its own, to the same result:
+`rank_magnitudes(counts) -> [[(bits, kept, there), ..], ..]` as `_exact` gives it, and `nth_equal(row, bits, n) -> index`;
+None where it cannot.
 """
 
 from __future__ import annotations
@@ -64,9 +65,12 @@ def largest(
     open_counts = [sorted({c for c in row if 0 < c < total}) for row in counts]
     found: list[dict[int, Cut]] = [{} for _ in counts]
     if any(open_counts):
-        counted = _histogram(stack, of, len(counts))
-        places = [[_place(counted[row], count) for count in wanted] for row, wanted in enumerate(open_counts)]
-        exact = _exact(stack, of, places)
+        ranks = getattr(stack, "rank_magnitudes", None) if of is magnitudes else None
+        exact = ranks(open_counts) if ranks is not None else None
+        if exact is None:
+            counted = _histogram(stack, of, len(counts))
+            places = [[place(counted[row], count) for count in wanted] for row, wanted in enumerate(open_counts)]
+            exact = _exact(stack, of, places)
         found = _with_last(stack, of, [dict(zip(wanted, cuts, strict=True))
                                        for wanted, cuts in zip(open_counts, exact, strict=True)])
     none, everything = Cut(float("inf")), Cut(float("-inf"))
@@ -80,24 +84,19 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _histogram(stack: Stack, of: Callable[[Block], Tensor], m: int) -> Int64[Tensor, "m upper"]:
-    if of is magnitudes and (fast := getattr(stack, "count_upper", None)) is not None and (table := fast()) is not None:
-        return _ranked(torch.from_numpy(table))
     counted = torch.zeros(m * UPPER, dtype=torch.int64)
     for block in stack:
         upper = _bits(of(block)) >> 16
         upper += torch.arange(m, dtype=torch.int32, device=upper.device)[:, None] * UPPER
         counted += torch.bincount(upper.reshape(-1), minlength=m * UPPER).cpu()
-    return _ranked(counted.reshape(m, UPPER))
-
-
-def _ranked(table: Tensor) -> Tensor:
+    table = counted.reshape(m, UPPER)
     if int(table[:, 0x7F80 + 1:].sum()):
         raise ValueError("a NaN among the numbers to be ranked")
     return table
 
 
-def _place(counted: Tensor, count: int) -> tuple[int, int]:
-    """(bucket that holds the count-th largest, how many of that bucket are to be kept)."""
+def place(counted: Tensor, count: int) -> tuple[int, int]:
+    """(bucket that holds the count-th largest of the numbers counted, how many of that bucket are to be kept)."""
     from_top = counted.flip(0).cumsum(0)
     bucket = int(torch.searchsorted(from_top, count))
     above_it = int(from_top[bucket - 1]) if bucket else 0
@@ -106,28 +105,20 @@ def _place(counted: Tensor, count: int) -> tuple[int, int]:
 
 def _exact(stack: Stack, of: Callable[[Block], Tensor], places: list[list[tuple[int, int]]]) -> list[list[tuple[int, int, int]]]:
     """For each place (bits of the cut, equal entries to keep, equal entries there are)."""
-    tables = _lower_tables(stack, of, sorted({(row, bucket) for row, p in enumerate(places) for bucket, _ in p}))
-    out = []
-    for row, wanted in enumerate(places):
-        cuts = []
-        for bucket, keep in wanted:
-            lower, rest = _place(tables[row, bucket], keep)
-            cuts.append(((bucket << 16) | lower, rest, int(tables[row, bucket][lower])))
-        out.append(cuts)
-    return out
-
-
-def _lower_tables(stack: Stack, of: Callable[[Block], Tensor], wanted: list[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
-    """For each (row, bucket of upper bits) how often each value of the lower bits occurs, int64 [LOWER]."""
-    if of is magnitudes and (fast := getattr(stack, "count_lower", None)) is not None and (found := fast(wanted)) is not None:
-        return dict(zip(wanted, torch.from_numpy(found), strict=True))
-    tables = {key: torch.zeros(LOWER, dtype=torch.int64) for key in wanted}
+    tables = {(row, bucket): torch.zeros(LOWER, dtype=torch.int64) for row, p in enumerate(places) for bucket, _ in p}
     for block in stack:
         bits = _bits(of(block))
         for (row, bucket), table in tables.items():
             inside = bits[row][(bits[row] >> 16) == bucket]
             table += torch.bincount(inside & (LOWER - 1), minlength=LOWER).cpu()
-    return tables
+    out = []
+    for row, wanted in enumerate(places):
+        cuts = []
+        for bucket, keep in wanted:
+            lower, rest = place(tables[row, bucket], keep)
+            cuts.append(((bucket << 16) | lower, rest, int(tables[row, bucket][lower])))
+        out.append(cuts)
+    return out
 
 
 def _with_last(stack: Stack, of: Callable[[Block], Tensor],
@@ -135,6 +126,12 @@ def _with_last(stack: Stack, of: Callable[[Block], Tensor],
     """The cuts, with the index up to which equal entries are kept; a pass is made only where they are not all kept."""
     left = {(row, count): keep for row, cuts in enumerate(exact) for count, (_, keep, there) in cuts.items() if keep < there}
     last: dict[tuple[int, int], int] = {}
+    quick = getattr(stack, "nth_equal", None) if of is magnitudes else None
+    for row, count in list(left):
+        index = quick(row, exact[row][count][0], left[row, count]) if quick is not None else None
+        if index is not None:
+            last[row, count] = index
+            del left[row, count]
     if left:
         for block in stack:
             bits = _bits(of(block))

@@ -24,6 +24,7 @@ from anabranch.merge.averaging import finite
 from anabranch.merge.consensus import divisor_of
 
 RANK_TOLERANCE = 1e-5
+SHARE_ROUNDING = 1e-6
 
 
 @merge_method("tsv_m", needs_base=True, block="tensor", fits="matrix", otherwise="task_vector_mean",
@@ -202,8 +203,8 @@ def star(
         u, s, vt = _thin(d)
         if not len(s):
             continue
-        # The share is reached up to rounding: with energy 1 the last direction must not be lost, nor one gained.
-        q = min(int((s.cumsum(0) < (energy - 1e-12) * s.sum()).sum()) + 1, len(s))
+        # A share counts as reached where only the rounding of float32 data is missing.
+        q = min(int((s.cumsum(0) < energy * s.sum() * (1 - SHARE_ROUNDING)).sum()) + 1, len(s))
         step += v / divisor_of(w) * (s.sum() / s[:q].sum()) * ((u[:, :q] * s[:q]) @ vt[:q])
     return _moved(base, step, scale)
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from anabranch.errors import RecipeError, closest
 from anabranch.surgery.side_files import template_in
+from anabranch.surgery.vocabulary import read_vocabulary
 
 SHORTEST = 20
 CONTROL = re.compile(r"<\|[^|<>'\"\s]+\|>|\[\|[^|'\"\s]+\|\]")
@@ -101,6 +102,12 @@ def missing_tokens(template: str, tokens: Collection[str], label: str) -> list[s
     return [f"chat_template: it writes {', '.join(missing)}, which the tokenizer of {label} does not have as tokens: they "
             "will be read in pieces. Take a template that fits the models, or add the tokens under `tokenizer.tokens`."
             ] if missing else []
+
+
+def template_warnings(template: str, folder: Path, label: str) -> list[str]:
+    """As `missing_tokens`, for the tokenizer of a model folder, which is read for it."""
+    vocabulary = read_vocabulary(folder, label)
+    return [] if vocabulary is None else missing_tokens(template, vocabulary.ids, label)
 
 
 def check_compiles(text: str, where: str) -> None:

@@ -12,6 +12,7 @@ from anabranch.surgery.vocabulary import ADDED, OTHER_FORMS, SETTINGS, SPECIAL_M
 
 GENERATION = "generation_config.json"
 TEMPLATE, OLD_TEMPLATE, TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
+# What turns images and sound into inputs. It belongs to the model, not to its tokenizer.
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json",
              "video_preprocessor_config.json")
 # By pattern: further templates, tiktoken ranks, and the modules that `auto_map` names (copied, never run).
@@ -69,6 +70,10 @@ def template_in(folder: Path) -> str | None:
             if isinstance(found, str) and found:
                 return found
     return None
+
+
+def is_processor(name: str) -> bool:
+    return name in PROCESSOR or (name.endswith(".py") and name.startswith(("processing_", "image_processing_")))
 
 
 def generation_config(folder: Path, new_ids: Mapping[int, int], roles: Mapping[str, int]) -> tuple[bytes | Path | None,

@@ -27,7 +27,7 @@ from anabranch.surgery.embedding_rows import ZERO, Chosen, RowMaps, row_maps
 from anabranch.surgery.embedding_rows import RowMap as RowMap
 from anabranch.surgery.embedding_rows import padding_row as padding_row
 from anabranch.surgery.embedding_rows import rows as rows
-from anabranch.surgery.side_files import GENERATION, carried, generation_config, new_ids_in
+from anabranch.surgery.side_files import GENERATION, carried, generation_config, is_processor, new_ids_in
 from anabranch.surgery.side_files import carry_tokenizer as carry_tokenizer
 from anabranch.surgery.side_files import ids_in as ids_in
 from anabranch.surgery.vocabulary import (
@@ -39,6 +39,7 @@ from anabranch.surgery.vocabulary import (
     TOKENIZER,
     Vocabulary,
     added_list,
+    files_digest,
     read_vocabulary,
     some,
     token_text,
@@ -175,6 +176,9 @@ def plan_tokenizer(request: TokenizerRequest, folders: Sequence[Path], vocab_siz
     if chat_template is not None:
         warnings += missing_tokens(chat_template, merged.ids, labels[origin])
     files = _files(merged, changed, folders[origin], chat_template, warnings)
+    if origin != donor:
+        files = {name: file for name, file in files.items() if not is_processor(name)}
+        files |= {name: file for name, file in carry_tokenizer(folders[donor]).items() if is_processor(name)}
     special = {number: merged.ids[token] for number in ids_in(folders[donor])
                if (token := inputs[donor].tokens.get(number)) in merged.ids}
     settings = merged.settings
@@ -215,8 +219,15 @@ def _check_request(request: TokenizerRequest, labels: Sequence[str]) -> None:
 def _vocabularies(request: TokenizerRequest, folders: Sequence[Path], labels: Sequence[str], donor: int,
                   warnings: list[str]) -> list[Vocabulary]:
     """Every input's; an input that has no tokenizer at all is taken to have the donor's."""
-    found = [read_vocabulary(folder, label) for folder, label in zip(folders, labels, strict=True)]
-    for needed in [donor, request.source] if isinstance(request.source, int) else [donor]:
+    needed_whole = [donor, request.source] if isinstance(request.source, int) else [donor]
+    read: dict[str, Vocabulary | None] = {}
+    for number in dict.fromkeys([*needed_whole, *range(len(folders))]):
+        key = files_digest(folders[number])
+        if key not in read:
+            v = read_vocabulary(folders[number], labels[number])
+            read[key] = v if v is None or number in needed_whole else v.without_files()
+    found = [read[files_digest(folder)] for folder in folders]
+    for needed in needed_whole:
         if found[needed] is None:
             raise ModelError(f"{labels[needed]}: no tokenizer ({TOKENIZER}) in this model's folder, and the merge is to "
                              "take it from there. Copy its tokenizer files into the folder, or choose another "

@@ -10,16 +10,15 @@ loading: whoever trained the model saw those ids.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from anabranch.artifacts import digest
+from anabranch.artifacts import digest, file_digest
 from anabranch.errors import AnabranchError, CorruptedError, ModelError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -38,12 +37,14 @@ class Vocabulary:
 
     ids      token -> id, by ascending id
     added    added tokens (matched before the model's own pieces): token -> flags, by ascending id
+    kind     how it spells its tokens: 'BPE, byte-level', 'Unigram', 'WordPiece', ..
     content  tokenizer.json as it is loaded, its added tokens complete
     files    the files it was read from, by name (no chat templates)
     """
 
     ids: dict[str, int]
     added: dict[str, dict[str, Any]]
+    kind: str
     content: dict[str, Any]
     files: dict[str, bytes]
 
@@ -51,18 +52,14 @@ class Vocabulary:
     def settings(self) -> dict[str, Any]:
         return json.loads(self.files[SETTINGS]) if SETTINGS in self.files else {}
 
-    @property
-    def kind(self) -> str:
-        """How it spells its tokens: 'BPE, byte-level', 'Unigram', 'WordPiece', .."""
-        model = self.content["model"]
-        guess = "Unigram" if isinstance(model["vocab"], list) else "BPE" if "merges" in model else "WordPiece"
-        byte_level = "ByteLevel" in json.dumps([self.content.get("pre_tokenizer"), self.content.get("decoder")])
-        return str(model.get("type", guess)) + (", byte-level" if byte_level else "")
-
     @cached_property
     def tokens(self) -> dict[int, str]:
         """id -> token."""
         return {number: token for token, number in self.ids.items()}
+
+    def without_files(self) -> Vocabulary:
+        """Tokens, ids and flags only: a tenth of the memory."""
+        return replace(self, content={}, files={})
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -81,20 +78,13 @@ def read_vocabulary(folder: Path, label: str) -> Vocabulary | None:
     files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     if TOKENIZER not in files:
         files = _converted(folder, label)
-    return _parse(files, folder, label)
+    return _load(files, folder, label)
 
 
-_parsed: dict[str, Vocabulary] = {}
-
-
-def _parse(files: dict[str, bytes], folder: Path, label: str) -> Vocabulary:
-    """Models of one family share their tokenizer, so the last few are kept."""
-    key = digest(sorted([name, hashlib.sha256(data).hexdigest()] for name, data in files.items()))
-    if key not in _parsed:
-        while len(_parsed) >= 4:
-            _parsed.pop(next(iter(_parsed)))
-        _parsed[key] = _load(files, folder, label)
-    return _parsed[key]
+def files_digest(folder: Path) -> str:
+    """Equal digests: equal tokenizers. Models of one family mostly share theirs, and one reading serves them all."""
+    names = (TOKENIZER, SETTINGS, SPECIAL_MAP, ADDED, *OTHER_FORMS)
+    return digest([[name, file_digest(folder / name)] for name in names if (folder / name).is_file()])
 
 
 def _load(files: dict[str, bytes], folder: Path, label: str) -> Vocabulary:
@@ -108,11 +98,18 @@ def _load(files: dict[str, bytes], folder: Path, label: str) -> Vocabulary:
         words = " ".join(str(error).split())[:200]
         raise CorruptedError(f"{folder / TOKENIZER}: the tokenizer of {label} cannot be loaded ({words}). Fetch the "
                              "tokenizer's files again.") from error
-    ids = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
+    ids: dict[str, int] = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
     added = {token.content: {flag: getattr(token, flag) for flag in FLAGS}
              for _, token in sorted(tokenizer.get_added_tokens_decoder().items())}
     content = {**parsed[TOKENIZER], "added_tokens": added_list(added, ids)}
-    return Vocabulary(ids, added, content, files)
+    return Vocabulary(ids, added, _kind(content), content, files)
+
+
+def _kind(content: dict[str, Any]) -> str:
+    model = content["model"]
+    guess = "Unigram" if isinstance(model["vocab"], list) else "BPE" if "merges" in model else "WordPiece"
+    byte_level = "ByteLevel" in json.dumps([content.get("pre_tokenizer"), content.get("decoder")])
+    return str(model.get("type", guess)) + (", byte-level" if byte_level else "")
 
 
 def parse_object(data: bytes, path: Path) -> dict[str, Any]:
@@ -190,36 +187,45 @@ def tokenizer_differences(folders: Sequence[Path], labels: Sequence[str], base: 
     """Warnings for a merge that takes vocabularies to be the same: inputs whose ids mean other tokens than the base's
     (without a base, the first input's).
 
-    Inputs without a tokenizer, or with one that cannot be read, are passed over: such a merge does not need it.
+    Inputs without a tokenizer.json are passed over: such a merge does not need it. Raises CorruptedError.
     """
     reference = 0 if base is None else base
-    vocabularies = [_read_if_possible(folder, label) for folder, label in zip(folders, labels, strict=True)]
-    first = vocabularies[reference]
-    if first is None:
+    if not (folders[reference] / TOKENIZER).is_file():
         return []
+    told_of = {files_digest(folders[reference]): ""}
+    first = read_vocabulary(folders[reference], labels[reference])
+    assert first is not None
+    first = first.without_files()
     out = []
-    for v, label in zip(vocabularies, labels, strict=True):
-        if v is None or v.ids == first.ids:
+    for folder, label in zip(folders, labels, strict=True):
+        if not (folder / TOKENIZER).is_file():
             continue
-        moved = [f"{t!r} is {first.ids[t]} there and {i} here" for t, i in v.ids.items() if first.ids.get(t, i) != i]
-        clash = [f"{i} is {first.tokens[i]!r} there and {t!r} here" for t, i in v.ids.items()
-                 if t not in first.ids and i in first.tokens and first.tokens[i] not in v.ids]
-        extra = [t for t, i in v.ids.items() if t not in first.ids and i not in first.tokens]
-        lacks = [t for t, i in first.ids.items() if t not in v.ids and i not in v.tokens]
-        told = [f"{len(x)} {what} ({some(x, 3)})" for x, what in
-                ((moved, "tokens with other ids"), (clash, "ids with other tokens"), (extra, "tokens more"),
-                 (lacks, "tokens less")) if x]
-        mixed = ("Rows are merged by number, so rows of different tokens mix" if moved or clash else
-                 "The rows of these tokens have no counterpart")
-        out.append(f"{label}: its tokenizer is not that of {labels[reference]}: {'; '.join(told)}. {mixed}. Add `tokenizer: "
-                   "{source: union}` (or base) to the config.")
+        key = files_digest(folder)
+        if key not in told_of:
+            v = read_vocabulary(folder, label)
+            assert v is not None
+            told_of[key] = _difference(v, first, labels[reference])
+        if told_of[key]:
+            out.append(f"{label}: {told_of[key]}")
     return out
 
 
-def _read_if_possible(folder: Path, label: str) -> Vocabulary | None:
-    if not (folder / TOKENIZER).is_file():
-        return None
-    return read_vocabulary(folder, label)
+def _difference(v: Vocabulary, first: Vocabulary, reference: str) -> str:
+    """What sets it apart from `first`, the tokenizer of `reference`; '' where ids mean the same."""
+    if v.ids == first.ids:
+        return ""
+    moved = [f"{t!r} is {first.ids[t]} there and {i} here" for t, i in v.ids.items() if first.ids.get(t, i) != i]
+    clash = [f"{i} is {first.tokens[i]!r} there and {t!r} here" for t, i in v.ids.items()
+             if t not in first.ids and i in first.tokens and first.tokens[i] not in v.ids]
+    extra = [t for t, i in v.ids.items() if t not in first.ids and i not in first.tokens]
+    lacks = [t for t, i in first.ids.items() if t not in v.ids and i not in v.tokens]
+    told = [f"{len(x)} {what} ({some(x, 3)})" for x, what in
+            ((moved, "tokens with other ids"), (clash, "ids with other tokens"), (extra, "tokens more"),
+             (lacks, "tokens less")) if x]
+    mixed = ("Rows are merged by number, so rows of different tokens mix" if moved or clash else
+             "The rows of these tokens have no counterpart")
+    return (f"its tokenizer is not that of {reference}: {'; '.join(told)}. {mixed}. Add `tokenizer: {{source: union}}` "
+            "(or base) to the config.")
 
 
 def some(names: Sequence[str], shown: int = 6) -> str:

@@ -1,0 +1,48 @@
+"""The model card of a merged model: what a hub shows, and reads to find the models it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from anabranch.engine.config import MergeConfig
+from anabranch.engine.reference import HUB_ID, Reference
+
+
+def model_card(config: MergeConfig, text: str) -> str:
+    """README.md: metadata of models that are on the Hub, the method, the models, the config as it was given."""
+    metadata = {"base_model": [r.path for r in config.models if _on_hub(r)], "library_name": "transformers",
+                "tags": ["merge", "anabranch", config.method]}
+    head = yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=True, allow_unicode=True)
+    models = [f"- {_named(r)}{' (base)' if r == config.base else ''}" for r in config.models]
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return "\n".join([
+        "---", head + "---", "", f"# {_title(config)}", "",
+        f"A merge of {len(models)} model{'s' if len(models) != 1 else ''} by `{config.method}`, made with Anabranch. Computed in "
+        "float32 and rounded once; `manifest.json` holds a hash of every tensor and of every input.", "",
+        "## Models", "", *models, "", "## Config", "", f"{fence}yaml", text.rstrip("\n"), fence, ""])
+
+
+def _title(config: MergeConfig) -> str:
+    return config.name or "Merged model"
+
+
+def _on_hub(reference: Reference) -> bool:
+    return "/" in reference.path and HUB_ID.fullmatch(reference.path) is not None and not Path(reference.path).is_dir()
+
+
+def _named(reference: Reference) -> str:
+    """A hub id as a link; of a folder its last part only: where it lay is no one's business."""
+    if _on_hub(reference):
+        return f"[{reference}](https://huggingface.co/{reference.path})"
+    adapter = f" + {Path(reference.adapter).name}" if reference.adapter else ""
+    return f"{Path(reference.path.replace(chr(92), '/')).name}{adapter}"
+
+
+def _longest_run(text: str) -> int:
+    longest = run = 0
+    for character in text:
+        run = run + 1 if character == "`" else 0
+        longest = max(longest, run)
+    return longest

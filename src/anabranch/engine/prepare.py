@@ -1,0 +1,261 @@
+"""From a merge config to a merge that can run: models opened, tensors lined up, files that come along, every problem
+found before the first byte is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anabranch.engine.adapter import Adapter
+from anabranch.engine.assemble import Assembly, assemble
+from anabranch.engine.blocks import MERGED, Buffers, Reader
+from anabranch.engine.card import model_card
+from anabranch.engine.checkpoint import Checkpoint
+from anabranch.engine.config import MergeConfig, Tokenizer, TokenRow
+from anabranch.engine.fetch import resolve
+from anabranch.engine.layout import Layout, cut_config, layout_of, set_dtype, set_tied, set_vocab_size
+from anabranch.engine.plan import DTYPES, lay_out
+from anabranch.engine.reference import Reference
+from anabranch.engine.stream import Merge
+from anabranch.engine.wanted import Input, Wanted
+from anabranch.errors import AnabranchError, ModelError, RecipeError
+from anabranch.merge.stack import CHUNK
+from anabranch.surgery import chat_templates, side_files
+from anabranch.surgery import tokenizer as tokenizers
+
+CONFIG = "mergekit_config.yml"
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A merge that has been checked, the files beside its weights, and what the user should be told."""
+
+    merge: Merge
+    files: dict[str, Path | bytes]
+    warnings: tuple[str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a config is taken. `converted`: where pickled weights may be written anew; None refuses them."""
+
+    seed: int = 0
+    max_shard_size: int = 5 * 10**9
+    allow_mixed: bool = False
+    converted: Path | None = None
+
+
+def prepare(config: MergeConfig, text: str, options: Options) -> Prepared:
+    """Open everything that a config names and plan the merge. `text`: of the config, to be kept beside the result.
+
+    Raises AnabranchError: what is wrong with models, adapters, tokenizers, or how they fit together.
+    """
+    inputs = _inputs([*config.models, *config.tokenizers_only], options)
+    opened, adapters, warnings = _opened(config, inputs)
+    count = len(config.models)
+    layouts = [layout_of(checkpoint) for checkpoint in opened[:count]]
+    donor = config.models.index(config.donor)
+    template = chat_templates.choose_chat_template(config.chat_template, [c.folder for c in opened], [i.label for i in inputs])
+    tokens = _tokens(config, opened, layouts, inputs, template.text if template else None)
+    assembly = assemble(config, opened[:count], layouts, rows=tokens.size if tokens else None, allow_mixed=options.allow_mixed)
+    warnings += [*assembly.warnings, *(tokens.warnings if tokens else [])]
+    readers = _readers(assembly.wanted, opened, adapters, tokens)
+    merge = Merge(inputs[:count], tuple(opened[:count]), lay_out(assembly.wanted, options.max_shard_size, opened[donor].stem), options.seed, readers,
+                  {i: Checkpoint.of_file(path) for i, path in assembly.fisher.items()})
+    if tokens is None:
+        warnings += tokenizers.tokenizer_differences([c.folder for c in opened[:count]], [i.label for i in inputs[:count]], donor)
+        files = side_files.carry_tokenizer(opened[donor].folder, template.text if template else None)
+        if template is not None:
+            warnings += chat_templates.template_warnings(template.text, opened[donor].folder, inputs[donor].label)
+    else:
+        files = dict(tokens.files)
+    dtype = config.out_dtype or config.dtype or _dtypes(assembly.wanted)
+    made, remarks = _config_json(config, opened[donor], layouts[donor], assembly, tokens, dtype)
+    files["config.json"] = (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode()
+    files[CONFIG] = text.encode()
+    files[CARD] = model_card(config, text).encode()
+    if merge.plan.index is not None:
+        files[merge.plan.index_file] = merge.plan.index
+    return Prepared(merge, dict(sorted(files.items())), tuple(dict.fromkeys([*warnings, *remarks])), dtype)
+
+
+def _inputs(references: Sequence[Reference], options: Options) -> tuple[Input, ...]:
+    """Every folder that the config names, downloaded where it is on the Hub. All that are missing are named at once."""
+    problems = [problem for reference in references for problem in reference.problems]
+    found = []
+    for number, reference in enumerate(references):
+        if reference.problems:
+            continue
+        try:
+            folder = resolve(reference.path, reference.revision,
+                             converted=options.converted / str(number) if options.converted else None)
+            adapter = resolve(reference.adapter, reference.adapter_revision) if reference.adapter else None
+            found.append(Input(str(reference), folder, adapter))
+        except ModelError as error:
+            problems.append(str(error))
+    if problems:
+        raise ModelError.of("these models cannot be found:", problems) if len(problems) > 1 else ModelError(problems[0])
+    return tuple(found)
+
+
+def _opened(config: MergeConfig, inputs: Sequence[Input]) -> tuple[list[Checkpoint], dict[int, Adapter], list[str]]:
+    opened, adapters, warnings, problems = [], {}, [], []
+    for number, (one, reference) in enumerate(zip(inputs, [*config.models, *config.tokenizers_only], strict=True)):
+        try:
+            checkpoint = Checkpoint.open(one.folder)
+            if reference.architecture is not None:
+                checkpoint = replace(checkpoint, config=checkpoint.config | {"architectures": [reference.architecture]})
+            opened.append(checkpoint)
+            if one.adapter is not None:
+                adapters[number] = Adapter.open(one.adapter, checkpoint)
+                warnings += [f"{one.label}: {warning}" for warning in adapters[number].warnings]
+        except AnabranchError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ModelError.of("these models cannot be merged:", [str(error) for error in problems])
+    return opened, adapters, warnings
+
+
+def _tokens(config: MergeConfig, opened: Sequence[Checkpoint], layouts: Sequence[Layout], inputs: Sequence[Input],
+            template: str | None) -> tokenizers.TokenizerPlan | None:
+    """The merged tokenizer, where the config asks for one."""
+    if config.tokenizer is None:
+        return None
+    references = [*config.models, *config.tokenizers_only]
+    sizes = [_embedding_rows(checkpoint, layouts[i] if i < len(layouts) else layout_of(checkpoint), inputs[i].label)
+             for i, checkpoint in enumerate(opened)]
+    base = references.index(config.base) if config.base is not None else None
+    return tokenizers.plan_tokenizer(_request(config.tokenizer, references), [c.folder for c in opened], sizes, base,
+                                     [one.label for one in inputs], chat_template=template)
+
+
+def _request(tokenizer: Tokenizer, references: Sequence[Reference]) -> tokenizers.TokenizerRequest:
+    rules = {}
+    for token, setting in tokenizer.tokens.items():
+        source: Any = setting.source
+        if isinstance(source, TokenRow):
+            source = tokenizers.TokenRow(references.index(source.model), source.token, source.token_id)
+        elif source == "zero":
+            source = tokenizers.ZeroRow()
+        rules[token] = tokenizers.TokenRule(source, setting.force)
+    source = tokenizer.source
+    return tokenizers.TokenizerRequest(references.index(source) if isinstance(source, Reference) else source, rules,
+                                       tokenizer.pad_to_multiple_of)
+
+
+def _embedding_rows(checkpoint: Checkpoint, layout: Layout, label: str) -> int:
+    rows = {checkpoint.tensors[name].shape[0] for name, place in layout.places.items() if place.embedding}
+    if len(rows) != 1:
+        raise RecipeError(f"tokenizer: {label} has "
+                          + (f"embeddings of {sorted(rows)} rows" if rows else "no tensor whose rows are tokens")
+                          + ", so its rows cannot be moved. Leave `tokenizer` out, or mend the model.")
+    return rows.pop()
+
+
+# --- tensors that are not simply what a file holds ---
+
+
+class AdapterReader:
+    """A tensor with an adapter folded into it, formed in runs of fixed size so that no cut shows in the result."""
+
+    def __init__(self, adapter: Adapter, name: str) -> None:
+        self.adapter, self.name = adapter, name
+
+    def read(self, start: int, stop: int, into: Tensor) -> None:
+        into.copy_(self.adapter.entries(self.name, start, stop))
+
+
+class RowReader:
+    """An embedding whose rows are put in the order of the merged tokenizer."""
+
+    def __init__(self, row_map: tokenizers.RowMap, read: Callable[[int, np.ndarray], Tensor], row_shape: tuple[int, ...]) -> None:
+        self.row_map, self.read_rows, self.width = row_map, read, prod(row_shape)
+        self._padding: Tensor | None = None
+
+    def read(self, start: int, stop: int, into: Tensor) -> None:
+        if self._padding is None and self.row_map.is_padded:
+            self._padding = tokenizers.padding_row(self.row_map, self.read_rows)
+        first, last = start // self.width, -(-stop // self.width)
+        # A few thousand rows at a time: a block may span a whole embedding.
+        step = max(1, CHUNK // self.width)
+        for row in range(first, last, step):
+            end = min(row + step, last)
+            flat = tokenizers.rows(self.row_map, row, end, self.read_rows, self._padding).reshape(-1)
+            low, high = max(start, row * self.width), min(stop, end * self.width)
+            into[low - start : high - start].copy_(flat[low - row * self.width : high - row * self.width])
+
+
+def _readers(wanted: Sequence[Wanted], opened: Sequence[Checkpoint], adapters: Mapping[int, Adapter],
+             tokens: tokenizers.TokenizerPlan | None) -> dict[tuple[int, str], Callable[[Buffers], Reader]]:
+    readers: dict[tuple[int, str], Callable[[Buffers], Reader]] = {}
+    for tensor in wanted:
+        for source in tensor.sources:
+            if source.input in adapters and adapters[source.input].touches(source.name):
+                readers[source.input, source.name] = partial(_adapter_reader, adapters[source.input], source.name)
+        if tokens is not None and tensor.embedding:
+            holders = {source.input: source.name for source in tensor.sources}
+            # A token's row may be asked of a model that is in the merge for nothing else.
+            others = {i for i in range(len(opened)) if i not in holders and tensor.sources[0].name in opened[i].tensors
+                      and i in tokens.own}
+            maps = tokens.row_maps(sorted(holders.keys() | others)).maps
+            names = holders | dict.fromkeys(others, tensor.sources[0].name)
+            read = partial(_rows, opened, adapters, names)
+            for source in tensor.sources:
+                shape = opened[source.input].tensors[source.name].shape[1:]
+                readers[source.input, source.name] = partial(_row_reader, maps[source.input], read, shape)
+    return readers
+
+
+def _adapter_reader(adapter: Adapter, name: str, _: Buffers) -> Reader:
+    return AdapterReader(adapter, name)
+
+
+def _row_reader(row_map: tokenizers.RowMap, read: Callable[[int, np.ndarray], Tensor], shape: tuple[int, ...],
+                _: Buffers) -> Reader:
+    return RowReader(row_map, read, shape)
+
+
+def _rows(opened: Sequence[Checkpoint], adapters: Mapping[int, Adapter], names: Mapping[int, str], number: int,
+          indices: np.ndarray) -> Tensor:
+    """Rows of an input's embedding, float32."""
+    name = names[number]
+    if number in adapters and adapters[number].touches(name):
+        low, high = (int(indices.min()), int(indices.max()) + 1) if len(indices) else (0, 0)
+        return adapters[number].folded(name, slice(low, high))[torch.from_numpy(indices - low)]
+    return opened[number].read(name)[torch.from_numpy(indices)].float()
+
+
+# --- files beside the weights ---
+
+
+def _config_json(config: MergeConfig, donor: Checkpoint, layout: Layout, assembly: Assembly,
+                 tokens: tokenizers.TokenizerPlan | None, dtype: str) -> tuple[dict[str, Any], list[str]]:
+    made, warnings = dict(donor.config), []
+    if assembly.layers:
+        made, warnings = cut_config(made, layout, assembly.layers)
+    if tokens is not None:
+        made = set_vocab_size(tokens.with_new_ids(made), tokens.size)
+    if assembly.untied:
+        made = set_tied(made, False)
+    if dtype in DTYPES and (config.dtype or config.out_dtype):
+        made = set_dtype(made, dtype)
+    return made, warnings
+
+
+def _dtypes(wanted: Sequence[Wanted]) -> str:
+    names = {spelling: name for name, spelling in DTYPES.items()}
+    return ", ".join(sorted({names[w.dtype] for w in wanted if w.dtype in MERGED}))
+
