@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from anabranch import cli_merge
 from anabranch.errors import AnabranchError, OutputError, RecipeError
 
 app = typer.Typer(
@@ -103,6 +104,10 @@ def _stage(name: str | None, option: str) -> str | None:
         raise RecipeError(f"{option} {name}: no such stage.{closest(name, STAGES)} They run in the order "
                           f"{', '.join(STAGES)}.")
     return name
+
+
+for command in (cli_merge.merge, cli_merge.verify, cli_merge.methods):
+    app.command()(command)
 
 
 @app.command()

@@ -273,24 +273,25 @@ def test_directions_that_cancel_are_refused_for_three_and_not_for_two():
 
 def test_directions_count_as_cancelled_up_to_rounding():
     """Three of 5,000 entries whose weighted directions sum to zero but for float32."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 5000, generator=generator, dtype=torch.float64)
-    a, b = a / a.norm(), b / b.norm()
-    branches = torch.stack([2 * a, b, -1.7 * (a + b)]).float()
-    with pytest.raises(ValueError, match="cancel"):
-        METHODS["multislerp"].function(branches, torch.tensor([1.0, 1.0, float((a + b).norm())]))
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(2, 5000, generator=generator, dtype=torch.float64)
+        a, b = a / a.norm(), b / b.norm()
+        branches = torch.stack([2 * a, b, -1.7 * (a + b)]).float()
+        with pytest.raises(ValueError, match="cancel"):
+            METHODS["multislerp"].function(branches, torch.tensor([1.0, 1.0, float((a + b).norm())]))
 
 
 def test_karcher_is_not_pulled_by_what_stands_opposite():
     """There is no direction to an antipode; what rounding says it is would turn the mean by 0.3 rad."""
-    out = merged("karcher", [[1.0, 0.0], [-1.0, 1e-4]], weights=[0.9, 0.1])
-    assert out[0].item() == pytest.approx(1, abs=1e-6) and abs(out[1].item()) < 2e-5
+    out = merged("karcher", [[1.0, 0.0], [-1.0, 1e-3]], weights=[0.9, 0.1])
+    assert out[0].item() == pytest.approx(1, abs=1e-6) and abs(out[1].item()) < 2e-4
 
 
 def test_slerp_at_one_is_the_branch_to_the_bit():
-    for far in (0.001, 1.0):
-        given = inputs("slerp", (1000,))
-        given["branches"] = given["base"] + far * (given["branches"] - given["base"]) * 10
+    for far in (0.2, 10.0):  # on the straight line, on the arc
+        given = inputs("slerp", (300_000,))
+        given["branches"] = given["base"] + far * (given["branches"] - given["base"])
         assert call("slerp", given, t=1.0).equal(given["branches"][0])
         assert call("slerp", given, t=0.0).equal(given["base"])
 
@@ -307,8 +308,9 @@ def test_a_global_density_of_zero_drops_the_branch():
     given["cuts"] = torch.zeros(2)
     alone = {key: value[1:] if key in ("branches", "weights", "cuts") else value for key, value in given.items()}
     assert call("ties_global", given, density=[0.0, 1.0]).equal(call("ties_global", alone, density=1.0))
-    scalars = {"branches": torch.tensor([3.0, 7.0]), "base": torch.tensor(1.0), "weights": torch.ones(2), "cuts": torch.zeros(2)}
-    assert call("ties_global", scalars, density=[0.0, 1.0]).item() == 7.0
+    ones, scalars = torch.ones(2), torch.tensor([3.0, 7.0])
+    given = {"branches": scalars, "base": torch.tensor(1.0), "weights": ones, "cuts": 0 * ones}
+    assert call("ties_global", given, density=[0.0, 1.0]).item() == 7.0
 
 
 def test_a_nan_among_ranked_numbers_is_refused():

@@ -128,6 +128,27 @@ def merge_config(
         return write(prepared.merge, folder, settings or Settings(), recorded, progress)
 
 
+def forecast(
+    config: Path | str | Mapping[str, Any],
+    out: Path | str,
+    *,
+    options: Options | None = None,
+    settings: Settings | None = None,
+    allow_unknown_keys: bool = False,
+    warn: Callable[[str], None] | None = None,
+) -> list[str]:
+    """`anabranch merge --dry-run`: what would be read, done and written, in lines. Arguments and errors as `merge_config`."""
+    text, out = text_of(config), Path(out)
+    with converting(options or Options(), out) as taken:
+        prepared = prepare(parsed(config, text, allow_unknown_keys), text, taken)
+        for warning in prepared.warnings if warn is not None else ():
+            warn(warning)  # type: ignore[misc]
+        there = []
+        if already_there(out, _recorded(prepared, text, taken)) is not None:
+            there = [f"{out} holds this merge already; nothing would be done"]
+        return _forecast(prepared, settings or Settings(), out) + there
+
+
 def verify(folder: Path, *, files_only: bool = False, settings: Settings | None = None,
            progress: Callable[[Progress], None] | None = None) -> list[str]:
     """`anabranch verify OUT`: what is wrong with a merged folder; nothing, if the list is empty.
@@ -199,8 +220,7 @@ def _changed_inputs(merge: Merge, manifest: MergeManifest, done: Mapping[str, Do
             if found.get(one.label) != one.hash]
 
 
-def describe(prepared: Prepared, settings: Settings, out: Path) -> list[str]:
-    """`anabranch merge --dry-run`: what would be read, done and written, in lines."""
+def _forecast(prepared: Prepared, settings: Settings, out: Path) -> list[str]:
     merge, plan = prepared.merge, prepared.merge.plan
     memory = plan_memory(plan.steps, settings.memory, settings.threads)
     methods: dict[str, int] = {}

@@ -106,6 +106,16 @@ def stream(merge: Merge, output: OutputFolder | None, settings: Settings,
     return {step.name: finished[step.name] for step in merge.plan.steps}
 
 
+def check_device(device: str) -> None:
+    """Raises RecipeError for a device that torch does not have here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"--device {device}: torch cannot use it here ({reason}). Wanted cpu, or cuda where there is one."
+                          ) from error
+
+
 def branch_keys(inputs: Sequence[Input]) -> list[str]:
     """The name under which each input draws random numbers: the last part of its label where that is unique."""
     short = [one.label.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] for one in inputs]

@@ -1,0 +1,196 @@
+"""`anabranch merge`, `verify` and `methods`: argv -> one public call -> what a person, or a program, wants to read."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from anabranch.errors import AnabranchError
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+Memory = Annotated[str | None, typer.Option(help="most memory that the process may take, such as 512MB; by default half of "
+                                                 "what is there")]
+Threads = Annotated[int | None, typer.Option(help="workers; by default one per core, at most 8", min=1, max=256)]
+Device = Annotated[str, typer.Option(help="where the sums are formed: cpu, cuda, cuda:1")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but errors")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object per line: warning, plan, progress, done, error")]
+
+
+def merge(
+    config: Annotated[Path, typer.Argument(help="a merge config (YAML): MergeKit's as it is, or `dialect: native`")],
+    result: Annotated[Path, typer.Argument(metavar="OUT", help="the model folder to make")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and every problem; write nothing")] = False,
+    memory: Memory = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="of methods that draw random numbers", min=0)] = 0,
+    max_shard_size: Annotated[str, typer.Option(help="largest weight file")] = "5GB",
+    allow_unknown_keys: Annotated[bool, typer.Option(help="warn of keys that mean nothing instead of refusing them")] = False,
+    allow_mixed: Annotated[bool, typer.Option(help="merge models of different architectures")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="read .bin weights too (weights_only, converted once)")] = False,
+    allow_nonfinite: Annotated[bool, typer.Option(help="go on where a result holds NaN or infinity")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Merge the checkpoints that a config names. Interrupted? The same command goes on where it was."""
+    with _reported(as_json):
+        from anabranch.engine import merging
+        from anabranch.engine.plan import parse_size
+        from anabranch.engine.prepare import Options
+
+        options = Options(seed, parse_size(max_shard_size, "--max-shard-size"), allow_mixed,
+                          Path("pickles") if allow_pickle else None)
+        settings = _settings(memory, threads, device, allow_nonfinite)
+
+        def warn(text: str) -> None:
+            if as_json:
+                _line("warning", message=text)
+            elif not quiet:
+                err.print(f"warning: {text}", style="yellow", markup=False)
+
+        if dry_run:
+            lines = merging.forecast(config, result, options=options, settings=settings,
+                                     allow_unknown_keys=allow_unknown_keys, warn=warn)
+            for line in lines:
+                if as_json:
+                    _line("plan", message=line)
+                elif not quiet:
+                    out.print(escape(line))
+            return
+        begun = time.monotonic()
+        with _progress("merge", quiet, as_json) as progress:
+            manifest = merging.merge_config(config, result, options=options, settings=settings,
+                                            allow_unknown_keys=allow_unknown_keys, progress=progress, warn=warn)
+        seconds = time.monotonic() - begun
+        if as_json:
+            _line("done", out=str(result), parameters=manifest.parameters, seconds=round(seconds, 3))
+        elif not quiet:
+            out.print(escape(f"{result}: {manifest.parameters:,} parameters in {manifest.dtype}, {manifest.method}, "
+                             f"{seconds:.1f} s"))
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="a merged model folder")],
+    files_only: Annotated[bool, typer.Option(help="hold the files to the manifest, and compute nothing again")] = False,
+    memory: Memory = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Are these the bytes that its manifest promises, and does the merge give them again? Exit code 1 if not.
+
+    Paths in the config count from the working folder: run it where the merge was run.
+    """
+    with _reported(as_json):
+        from anabranch.engine import merging
+
+        with _progress("verify", quiet, as_json) as progress:
+            problems = merging.verify(folder, files_only=files_only, settings=_settings(memory, threads, device, True),
+                                      progress=progress)
+        for problem in problems:
+            _line("problem", message=problem) if as_json else err.print(problem, style="red", markup=False)
+        if problems:
+            raise typer.Exit(1)
+        if as_json:
+            _line("done", out=str(folder))
+        elif not quiet:
+            out.print(escape(f"{folder}: as its manifest says" + ("" if files_only else "; computed again, the same bytes")))
+
+
+def methods(name: Annotated[str | None, typer.Argument(help="one of them, in full")] = None) -> None:
+    """The merge methods: what there is; or one of them: formula, parameters, what it needs, source."""
+    from anabranch.merge import METHODS, method_named
+    from anabranch.merge.reference import in_full, one_line
+
+    if name is not None:
+        out.print(escape(in_full(method_named(name))))
+        return
+    width = max(map(len, METHODS))
+    for method in sorted(METHODS.values(), key=lambda m: m.name):
+        out.print(escape(f"{method.name:<{width}}  {one_line(method)}"))
+    out.print("\nOne of them in full: anabranch methods NAME")
+
+
+def _settings(memory: str | None, threads: int | None, device: str, allow_nonfinite: bool) -> Any:
+    from anabranch.engine.plan import parse_size
+    from anabranch.engine.stream import Settings, check_device
+
+    check_device(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Settings(threads or min(8, cores), parse_size(memory, "--memory") if memory else _half_of_memory(), device,
+                    allow_nonfinite=allow_nonfinite)
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _line(event: str, **fields: Any) -> None:
+    print(json.dumps({"event": event, **fields}, ensure_ascii=False), flush=True)
+
+
+@contextmanager
+def _reported(as_json: bool) -> Iterator[None]:
+    """With --json an error is a line like all others; the exit code is the same."""
+    try:
+        yield
+    except AnabranchError as error:
+        if not as_json:
+            raise
+        _line("error", kind=type(error).__name__, message=str(error))
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress(what: str, quiet: bool, as_json: bool) -> Iterator[Callable[[Any], None] | None]:
+    """Bytes, rate and time left: a bar on a terminal, elsewhere a line every ten seconds, or JSON once a second."""
+    if as_json or (not quiet and not err.is_terminal):
+        yield _lines(what, as_json)
+        return
+    if quiet:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    with Progress(TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+                  console=err, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda now: bar.update(task, completed=now.done, total=now.total)
+
+
+def _lines(what: str, as_json: bool) -> Callable[[Any], None]:
+    begun = told = time.monotonic()
+    first: int | None = None
+
+    def tell(now: Any) -> None:
+        nonlocal told, first
+        first = now.done if first is None else first
+        moment = time.monotonic()
+        if moment - told < (1 if as_json else 10) and now.done < now.total or moment == told:
+            return
+        told = moment
+        rate = (now.done - first) / max(moment - begun, 1e-9)
+        left = (now.total - now.done) / rate if rate else None
+        if as_json:
+            _line("progress", done=now.done, total=now.total, tensors=now.tensors, bytes_per_second=round(rate),
+                  seconds_left=None if left is None else round(left, 1))
+        elif moment - begun > 10:
+            left_text = "" if left is None else f", {left:.0f} s left"
+            print(f"{what} {now.done / 1e6:,.0f} of {now.total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s{left_text}",
+                  file=sys.stderr, flush=True)
+
+    return tell
+
