@@ -1,6 +1,6 @@
 """argv -> one public call -> one artifact -> what a person wants to read; no logic.
 
-Exit codes: 0 done; 2 the user must change something (one message, no traceback); 130 stopped by Ctrl-C.
+Exit codes: 0 done; 2 the user must change something (one message, no traceback); 130 stopped by Ctrl-C, 143 by SIGTERM.
 Anything else is a bug of ours and shows its traceback.
 """
 
@@ -41,9 +41,10 @@ def main() -> None:
     except AnabranchError as error:
         err.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("stopped; finished work is kept. The same command goes on from here.")
-        sys.exit(130)
+    except SystemExit as ended:  # typer turns Ctrl-C into this
+        if ended.code in (130, 143):
+            err.print("stopped; finished work is kept. The same command goes on from here.")
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
             raise  # the others are not the user's to mend

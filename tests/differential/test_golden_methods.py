@@ -96,7 +96,8 @@ def some_choice_gives(wanted, name, stack, base, weights, given):
     fits = torch.zeros_like(base, dtype=torch.bool)
     for choice in itertools.product([False, True], repeat=len(deltas)):
         chosen = torch.where(tied, torch.tensor(choice).reshape(-1, *[1] * base.ndim), kept)
-        fits |= close(base + elect(deltas * chosen, torch.zeros_like(base), weights, normalize=normalize), wanted)
+        step = elect(deltas * chosen, torch.zeros_like(base), weights, normalize=normalize, scale=given.get("scale", 1.0))
+        fits |= close(base + step, wanted)
     return fits & tied.any(0)
 
 

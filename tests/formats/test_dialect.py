@@ -14,15 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from anabranch.engine.assemble import assemble, tokenizer_request
+from anabranch.engine.assemble import assemble
 from anabranch.engine.checkpoint import Checkpoint
-from anabranch.engine.config import MergeConfig
+from anabranch.engine.config import MergeConfig, TokenRow, TokenSetting
 from anabranch.engine.dialect import load_config, read_config
 from anabranch.engine.layout import layout_of
 from anabranch.engine.parameters import interpolated, place_of, read_setting
 from anabranch.engine.wanted import COPY, Source
 from anabranch.errors import ModelError, RecipeError, ShapeMismatch
-from anabranch.surgery.tokenizer import TokenRow, ZeroRow
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.yaml"))
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "data" / "merge_golden"
@@ -246,7 +245,7 @@ def test_references(tmp_path, said, parts):  # C09
 def test_an_existing_folder_is_not_taken_apart(tmp_path):
     (tmp_path / "x+y@z").mkdir()
     (tmp_path / "m@1").mkdir()
-    config = read(tmp_path, f"merge_method: linear\nmodels: {json.dumps([{'model': m, 'parameters': {'weight': 1}} for m in ('x+y@z', 'm@1+org/l')])}")
+    config = read(tmp_path, f"merge_method: linear\nmodels: {weighted(**{'x+y@z': 1, 'm@1+org/l': 1})}")
     whole, part = config.models
     assert whole.path == os.path.realpath(tmp_path / "x+y@z") and whole.adapter is None
     assert part.path == os.path.realpath(tmp_path / "m@1") and part.adapter == "org/l"
@@ -309,7 +308,8 @@ def test_unreadable_files(tmp_path):
 def test_the_base_is_listed_last_and_never_a_branch(models):  # C14
     result = plan(models, f"merge_method: task_arithmetic\nbase_model: base\nmodels: {weighted(a=0.5, b=1)}")
     up = by_name(result)[UP.format(0)]
-    assert (up.branches, up.base, result.donor) == ((Source(0, UP.format(0)), Source(1, UP.format(0))), Source(2, UP.format(0)), 2)
+    assert up.branches == (Source(0, UP.format(0)), Source(1, UP.format(0)))
+    assert (up.base, result.donor) == (Source(2, UP.format(0)), 2)
     first = by_name(plan(models, f"merge_method: task_arithmetic\nbase_model: base\nmodels: {weighted(base=9, a=0.5)}"))
     assert first[UP.format(0)].base == Source(0, UP.format(0)) and first[UP.format(0)].weights == (0.5,)
 
@@ -319,7 +319,9 @@ def test_slices_get_the_base_with_the_range_of_their_first_model(models):  # C14
 merge_method: ties
 base_model: base
 slices:
-  - sources: [{model: a, layer_range: [1, 2], parameters: {weight: 1}}, {model: b, layer_range: [0, 1], parameters: {weight: 1}}]
+  - sources:
+      - {model: a, layer_range: [1, 2], parameters: {weight: 1}}
+      - {model: b, layer_range: [0, 1], parameters: {weight: 1}}
 """))
     up = found[UP.format(0)]
     assert (up.branches, up.base) == ((Source(0, UP.format(1)), Source(1, UP.format(0))), Source(2, UP.format(1)))
@@ -457,7 +459,7 @@ def test_names_of_the_peer(models, method, said, ours):
 
 
 def test_one_parameter_under_two_names_is_refused(models):
-    with pytest.raises(RecipeError, match="parameters.scale: says the same as `lambda` beside it"):
+    with pytest.raises(RecipeError, match=r"parameters.scale: says the same as `lambda` beside it"):
         read(models, f"merge_method: ties\nbase_model: base\nmodels: {weighted(a=1)}\nparameters: {{lambda: 1, scale: 1}}")
 
 
@@ -473,7 +475,8 @@ def test_shares_are_divided_by_their_sum(models):
 
 
 def test_matrix_methods_hand_over_what_is_no_matrix(models):
-    found = by_name(plan(models, "merge_method: tsv_m\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {scale: 2}"))
+    text = "merge_method: tsv_m\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {scale: 2}"
+    found = by_name(plan(models, text))
     assert found[Q.format(0)].method == "tsv_m"
     for name in ("model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"):
         assert found[name].method == "task_vector_mean" and dict(found[name].arguments) == {"scale": 2.0}
@@ -492,7 +495,8 @@ slices:
 """)
     found = by_name(result)
     assert [found[UP.format(i)].branches[0] for i in range(5)] == [
-        Source(0, UP.format(0)), Source(0, UP.format(1)), Source(1, UP.format(1)), Source(0, UP.format(0)), Source(0, UP.format(1))]
+        Source(0, UP.format(0)), Source(0, UP.format(1)), Source(1, UP.format(1)), Source(0, UP.format(0)),
+        Source(0, UP.format(1))]
     assert result.layers == {"default": (0, 1, 1, 0, 1)}
     assert [found[UP.format(i)].depth for i in range(5)] == [0, 0.25, 0.5, 0.75, 1]
     assert UP.format(5) not in found
@@ -524,6 +528,13 @@ slices:
     assert "slices[1], base_model: layer_range [2, 4] of base" in str(caught.value)
 
 
+@pytest.mark.parametrize("said", ["[-1, 1]", "[1, 1]", "[2, 1]", "[0.5, 2]", "[0, true]", "[0, 1, 2]", "[]", "'0:2'",
+                                  "2", "[0, .inf]"])
+def test_ranges_that_are_none(tmp_path, said):  # C12
+    with pytest.raises(RecipeError, match=r"slices\[0\].sources\[0\].layer_range: "):
+        read(tmp_path, f"merge_method: passthrough\nslices: [{{sources: [{{model: a, layer_range: {said}}}]}}]")
+
+
 def test_models_of_different_depth(models):
     write(models, "deep", layers=3)
     with pytest.raises(ModelError, match=r"a has 2 layers, deep has 3 layers\. Take layers apart with `slices`"):
@@ -553,11 +564,12 @@ def pair(tmp_path):
 
 def test_models_of_several_modules(pair):
     assert by_name(plan(pair, f"merge_method: linear\nmodels: {weighted(a=1, b=1)}")).keys() == two_stacks().keys()
-    with pytest.raises(RecipeError, match="have 3 modules.*does not say which"):
+    with pytest.raises(RecipeError, match=r"have 3 modules.*does not say which"):
         plan(pair, "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]")
     layers, tower = "language_model.layers", "vision_tower.layers"
     with pytest.raises(RecipeError) as caught:
-        plan(pair, f"merge_method: passthrough\nmodules: {{{layers}: {{models: [{{model: a}}]}}, vision_towers: {{models: [{{model: a}}]}}}}")
+        plan(pair, "merge_method: passthrough\nmodules: " + json.dumps(
+            {name: {"models": [{"model": "a"}]} for name in (layers, "vision_towers")}))
     assert f"modules.vision_towers: these models have no such module. Did you mean `{tower}`?" in str(caught.value)
     assert "nothing is said about `vision_tower.layers` (3 layers), `default` (what is in no layer)" in str(caught.value)
     result = plan(pair, f"""
@@ -650,7 +662,8 @@ def test_a_tied_base_and_an_untied_model(models):  # C64
     write(models, "tied", tied=True)
     result = plan(models, f"merge_method: ties\nbase_model: tied\nmodels: {weighted(a=1)}")
     head = by_name(result)["lm_head.weight"]
-    assert result.untied and head.base == Source(1, "model.embed_tokens.weight") and head.branches == (Source(0, "lm_head.weight"),)
+    assert result.untied and head.branches == (Source(0, "lm_head.weight"),)
+    assert head.base == Source(1, "model.embed_tokens.weight")
     other = by_name(plan(models, f"merge_method: linear\nmodels: {weighted(tied=[1, 2], a={'filter': 'lm_head', 'value': 5})}\n"
                                  "parameters: {weight: 1}"))["lm_head.weight"]
     assert other.weights == (1, 5)  # a filter sees the head's own name
@@ -663,13 +676,15 @@ def test_models_that_are_all_tied_get_no_head(models):
     assert "lm_head.weight" not in by_name(result) and not result.untied
     write(models, "t3", tensors_of() | {"lm_head.weight": torch.ones(8, 4)}, tied=True)
     result = plan(models, f"merge_method: linear\nmodels: {weighted(t1=1, t3=1)}")
-    assert by_name(result)["lm_head.weight"].branches == (Source(0, "model.embed_tokens.weight"), Source(1, "lm_head.weight"))
+    head = by_name(result)["lm_head.weight"]
+    assert head.branches == (Source(0, "model.embed_tokens.weight"), Source(1, "lm_head.weight"))
     assert result.untied
 
 
 @pytest.mark.parametrize(("dtypes", "said", "wanted"), [  # C63
     (("bfloat16", "bfloat16"), "", "BF16"), (("bfloat16", "float32"), "", "F32"), (("bfloat16", "float16"), "", "F32"),
-    (("bfloat16", "bfloat16"), "dtype: float32", "F32"), (("float32", "float32"), "dtype: float32\nout_dtype: bfloat16", "BF16")])
+    (("bfloat16", "bfloat16"), "dtype: float32", "F32"),
+    (("float32", "float32"), "dtype: float32\nout_dtype: bfloat16", "BF16")])
 def test_dtype_of_the_result(tmp_path, dtypes, said, wanted):
     for name, dtype in zip(("a", "b"), dtypes, strict=True):
         write(tmp_path, name, {k: v.to(getattr(torch, dtype)) for k, v in tensors_of().items()})
@@ -692,8 +707,8 @@ def test_other_architectures_and_packed_weights(models):
     assert "a is LlamaForCausalLM, gpt is GPT2LMHeadModel" in str(caught.value)
     mixed = plan(models, f"merge_method: linear\nmodels: {weighted(a=1, gpt=1)}", allow_mixed=True)
     assert "different architectures" in " ".join(mixed.warnings)
-    renamed = json.dumps([{"model": "a", "parameters": {"weight": 1}},
-                          {"model": {"model": "gpt", "override_architecture": "LlamaForCausalLM"}, "parameters": {"weight": 1}}])
+    same = {"model": "gpt", "override_architecture": "LlamaForCausalLM"}
+    renamed = json.dumps([{"model": m, "parameters": {"weight": 1}} for m in ("a", same)])
     assert plan(models, f"merge_method: linear\nmodels: {renamed}").warnings == ()
 
 
@@ -727,11 +742,10 @@ def test_all_problems_come_at_once(models):
 # ----------------------------------------------------------------------------------------------------------- tokenizers
 
 
-def test_a_tokenizer_block_in_numbers(models):
+def test_a_tokenizer_block(models):
     config = read(models, f"""
 merge_method: linear
 models: {weighted(a=1, b=1)}
-base_model: b
 tokenizer:
   source: org/elsewhere
   pad_to_multiple_of: 16
@@ -741,11 +755,24 @@ tokenizer:
     "<z>": {{source: {{kind: zero}}}}
     "<w>":
 """)
-    request = tokenizer_request(config)
-    assert (request.source, request.pad_to_multiple_of) == (2, 16) and [str(r) for r in config.tokenizers_only] == ["org/elsewhere"]
-    rules = {token: (rule.source, rule.force) for token, rule in request.tokens.items()}
-    assert rules == {"<x>": (TokenRow(0), True), "<y>": (TokenRow(1, None, 3), False), "<z>": (ZeroRow(), False), "<w>": (None, False)}
-    assert tokenizer_request(read(models, f"merge_method: linear\nmodels: {weighted(a=1)}")) is None
+    a, b = config.models
+    assert [str(r) for r in config.tokenizers_only] == ["org/elsewhere"]
+    assert (config.tokenizer.source, config.tokenizer.pad_to_multiple_of) == (config.tokenizers_only[0], 16)
+    assert config.tokenizer.tokens == {"<x>": TokenSetting(TokenRow(a), True), "<y>": TokenSetting(TokenRow(b, None, 3)),
+                                       "<z>": TokenSetting("zero"), "<w>": TokenSetting()}
+    assert read(models, f"merge_method: linear\nmodels: {weighted(a=1)}").tokenizer is None
+
+
+@pytest.mark.parametrize(("block", "says"), [
+    ("{source: 3}", "tokenizer.source: got 3"), ("union", "`tokenizer: {source: union}`"), ("{pad: 4}", "unknown key `pad`"),
+    ("{pad_to_multiple_of: 0}", "wanted a whole number of at least 1"), ("{tokens: [a]}", "wanted a mapping"),
+    ("{tokens: {1: {}}}", "got 1 as a token"), ("{tokens: {x: {force: maybe}}}", "wanted true or false"),
+    ("{tokens: {x: {source: {kind: one}}}}", "got 'one'. Known: model_token, zero."),
+    ("{tokens: {x: {source: {kind: model_token, model: a}}}}", "one of `token` and `token_id` must be given"),
+    ("{tokens: {x: {source: {kind: model_token, model: a, token_id: -1}}}}", "wanted a whole number of at least 0")])
+def test_bad_tokenizer_blocks(models, block, says):
+    with pytest.raises(RecipeError, match=re.escape(says)):
+        read(models, f"merge_method: linear\nmodels: {weighted(a=1)}\ntokenizer: {block}")
 
 
 # ------------------------------------------------------------------------------------------------- the peer's own cases
@@ -756,7 +783,7 @@ tokenizer:
 def test_golden_configs_name_the_peers_tensors(case):
     text = (GOLDEN / "cases" / case / "config.yaml").read_text()
     if case == "bad-embedding-sizes":
-        with pytest.raises(ShapeMismatch, match="tokenizer: {source: base}"):
+        with pytest.raises(ShapeMismatch, match=r"tokenizer: \{source: base\}"):
             plan(GOLDEN / "models", text)
         return
     with safe_open(GOLDEN / "cases" / case / "expected.safetensors", framework="pt") as file:

@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from anabranch.engine.blocks import Buffers, PlainReader, TensorStack
+from anabranch.engine.blocks import Buffers, PlainReader, TensorStack, Uniform
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.stream import numbers
 from anabranch.merge.combination import Combination
 from anabranch.merge.consensus import Consensus
 from anabranch.merge.select import Cut, above, largest, magnitudes
+from anabranch.merge.sparsify import Dropped, factors_of, l1_factors
 from anabranch.merge.stack import Block, WholeStack
 
 SIZES = [1, 7, 1024, 1025, 5000]
@@ -72,6 +73,75 @@ def test_consensus(dtype, out, seed, k, n, elect, normalize, scale, cut, start):
     weights = tuple(float(np.float32(w)) for w in generator.uniform(-0.2, 1.0, k))
     factors = tuple(1.0 if i % 2 else 1.3 for i in range(k))
     agree(Consensus(cuts, factors, weights, elect, normalize, scale, ceilings), x, base, out, start)
+
+
+@dtypes
+@outs
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 5), n=st.sampled_from(SIZES), elect=st.booleans(),
+       normalize=st.booleans(), each=st.booleans(), start=st.sampled_from([0, 65536, 5 * 2**32]))
+def test_dropped_at_random(dtype, out, seed, k, n, elect, normalize, each, start):
+    """The kernel draws what the engine hands to the method, also beyond the 32 bits of an index."""
+    x, base = tensors(k, n, dtype, seed)
+    generator = np.random.default_rng(seed)
+    draw = Uniform(seed, [f"model-{i}" for i in range(k)], "some.weight")
+    draws = torch.empty(k, n)
+    draw(start, start + n, draws)
+    rho = tuple(generator.choice([0.0, 0.3, 0.55, 1.0], k).tolist())
+    weights = tuple(float(np.float32(w)) for w in generator.uniform(-0.2, 1.0, k))
+    method = Dropped(rho, (1.0,) * k if each else tuple(generator.uniform(1, 2, k).tolist()),
+                     Consensus(None, (1.0,) * k, weights, elect, normalize, 0.9), each=each)
+    plain = method(Block(start, x.float(), base.float(), draws)).to(out)
+    got = torch.empty_like(plain)
+    assert method.fused_by_keys(start, *(numbers(t.contiguous()) for t in (x, base)), numbers(got), draw.keys)
+    assert got.view(torch.uint8).equal(plain.view(torch.uint8))
+
+
+def test_draws_are_uniform_and_independent():
+    """Means, variances, neighbours and pairs of branches within 5 sigma; other names and seeds give other numbers."""
+    n = 1 << 20
+    keys = ["a", "b"]
+    draws = torch.empty(2, n)
+    Uniform(0, keys, "w")(0, n, draws)
+    assert 0 <= float(draws.min()) and float(draws.max()) < 1
+    u = (draws.double() - 0.5) * 12**0.5
+    assert bool((u.mean(1).abs() < 5 / n**0.5).all()) and bool(((u.square().mean(1) - 1).abs() < 5 * 0.9 / n**0.5).all())
+    for lag in (1, 2, 7, 64, 1024, 65536):
+        assert abs(float((u[0, lag:] * u[0, :-lag]).mean())) < 5 / (n - lag) ** 0.5
+    assert abs(float((u[0] * u[1]).mean())) < 5 / n**0.5
+    counts = torch.histc(draws[0], 256, 0, 1)
+    assert abs(float(((counts - n / 256) ** 2 / (n / 256)).sum()) - 255) < 5 * (2 * 255) ** 0.5
+    for seed, key, name in ((1, "a", "w"), (0, "c", "w"), (0, "a", "v")):
+        other = torch.empty(1, n)
+        Uniform(seed, [key], name)(0, n, other)
+        assert abs(float(((other[0].double() - 0.5) * 12**0.5 * u[0]).mean())) < 5 / n**0.5
+    part = torch.empty(2, 1000)
+    Uniform(0, keys, "w")(65536, 66536, part)
+    assert part.equal(draws[:, 65536:66536])
+
+
+@dtypes
+@pytest.mark.parametrize("n", [5, 1024, 70_001])
+def test_l1_sums_are_those_of_the_definition(tmp_path, dtype, n):
+    x, base = tensors(2, n, dtype, 3)
+    opened = []
+    for i, tensor in enumerate([base, *x]):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "config.json").write_text("{}")
+        save_file({"w": tensor.contiguous()}, tmp_path / str(i) / "model.safetensors")
+        opened.append(Checkpoint.open(tmp_path / str(i)))
+    buffers, draw = Buffers(), Uniform(0, ["a", "b"], "w")
+    readers = [PlainReader(checkpoint, "w", buffers, f"raw-{i}") for i, checkpoint in enumerate(opened)]
+    stack = TensorStack((n,), readers[1:], readers[0], (), "entry", 1 << 16, buffers, draw, fused=True)
+    draws = torch.empty(2, n)
+    draw(0, n, draws)
+    dropped = Dropped((0.3, 0.8), (1.0, 1.0), Consensus(None, (1.0, 1.0), (1.0, 1.0), False, False, 1.0))
+    found = factors_of(*stack.l1_sums(dropped.densities))
+    assert found == l1_factors(WholeStack(x.float(), base.float(), draws), dropped.kept)
+    size = (x.double() - base.double()).abs()
+    for factor, s, d, rho in zip(found, size, draws, dropped.densities, strict=True):
+        left = float(s[d < rho].sum())
+        assert factor == (pytest.approx(float(s.sum()) / left, rel=1e-6) if left > 1e-7 else 1.0)
 
 
 @dtypes

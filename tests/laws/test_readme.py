@@ -12,8 +12,12 @@ from typer.testing import CliRunner
 
 import anabranch
 from anabranch import cli
+from anabranch.artifacts import MergeManifest
 from anabranch.compare import parse_arms
+from anabranch.engine.dialect import read_config
+from anabranch.errors import RecipeError
 from anabranch.recipe import load_recipe
+from tiny_checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -29,7 +33,7 @@ def test_public_names_resolve():
 
 
 def test_the_recipe_in_readme_is_valid(tmp_path):
-    (block,) = [text for kind, text in BLOCKS if kind == "yaml"]
+    (block,) = [text for kind, text in BLOCKS if kind == "yaml" and "mixture:" in text]
     (tmp_path / "recipe.yaml").write_text(block)
     assert load_recipe(tmp_path / "recipe.yaml").split.groups == 4
 
@@ -62,3 +66,68 @@ def test_figures_of_the_comparison_are_those_of_its_record():
     assert told.keys() == arms.keys()
     for label, arm in arms.items():
         assert told[label] == [f"{losses[arm, place]:.3f}" for place in ("held_out", "transfer", "retention")]
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+
+MERGES = [text for kind, text in BLOCKS if kind == "yaml" and "merge_method:" in text]
+REFUSED = re.search(r"```\nRecipeError: merge config config.yaml:\n(.*?)```", README, re.S)
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """Every model that README's merge configs name, tiny, and the working folder there."""
+    for text in MERGES:
+        for model in read_config(text).models:
+            if not (tmp_path / model.path).exists():
+                write_checkpoint(tmp_path / model.path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", MERGES)
+def test_merge_configs_of_readme_run(text, models):
+    (models / "config.yaml").write_text(text)
+    lines = [line.split("#")[0].split() for _, block in BLOCKS for line in block.splitlines()
+             if re.match(r"anabranch (merge|verify|methods)\b", line) and "cuda" not in line]
+    assert len(lines) >= 6
+    for number, (_, *arguments) in enumerate(lines):
+        if arguments[0] == "merge":
+            out = f"OUT{number}"
+            arguments = [out if a == "OUT" else a for a in arguments]
+        elif arguments[0] == "verify":
+            arguments = ["verify", out]
+        done = CliRunner().invoke(cli.app, arguments)
+        assert done.exit_code == 0, (arguments, done.output)
+    hashes = [MergeManifest.load(path).tensors for path in sorted(models.glob("OUT*/manifest.json"))]
+    assert len(hashes) >= 2 and all(h == hashes[0] for h in hashes)
+
+
+def test_the_python_of_readme_runs(models):
+    (models / "config.yaml").write_text(MERGES[0])
+    (block,) = [text for kind, text in BLOCKS if kind == "python"]
+    names: dict = {}
+    with pytest.warns(UserWarning, match="gradient"):
+        exec(block, names)
+    assert names["manifest"].method == "ties" and names["merged"].tolist() == [3.0, 0.0, 0.0, 3.0]
+
+
+def test_the_message_of_readme_is_what_is_said():
+    """README's config with the three mistakes that its message shows."""
+    assert REFUSED is not None
+    text = MERGES[0].replace("parameters: {weight: 1.0, density: 0.6}", "density: 0.6\n    parameters: {weight: 1.0}")
+    text = text.replace("dtype: bfloat16", "paramaters: {lambda: 1.0}\ndtype: bf16")
+    with pytest.raises(RecipeError) as caught:
+        read_config(text, source="merge config config.yaml")
+    assert str(caught.value) == "merge config config.yaml:\n" + REFUSED[1].rstrip("\n")
+
+
+def test_options_and_methods_that_readme_names_exist():
+    options = {o for command in typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]
+               for p in command.params for o in p.opts}
+    peer = {"--random-seed", "--out-shard-size", "--cuda", "--allow-crimes"}
+    section = README.split("## Merge any checkpoints")[1].split("\n## ")[0]
+    assert set(re.findall(r"--[a-z][a-z-]+", section)) - peer <= options
+    linked = re.findall(r"\]\(((?:docs|examples)[^)#]*)\)", README)
+    assert len(linked) >= 6 and all((ROOT / target).exists() for target in linked)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from anabranch.engine.assemble import assemble, tokenizer_request
+from anabranch.engine.assemble import assemble
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.dialect import read_config
 from anabranch.engine.layout import layout_of
@@ -25,20 +25,23 @@ CONFIGS = int(os.environ.get("ANABRANCH_FUZZ", "1500"))
 CHUNKS = 10
 METHOD_NAMES = sorted(METHODS)
 ALIKE = ["base", "a", "b", "c"]
-ODD = ["wide", "deep", "odd", "biased", "tied", "ids", "vision", "gpt", "packed", "half", "gone", "org/nowhere", "./gone+x", "a@main"]
-PARAMETERS = ["weight", "density", "t", "normalize", "lambda", "scale", "gamma", "epsilon", "rescale", "int8_mask", "select_topk",
-              "filter_wise", "max_iter", "tol", "eps", "normalize_weights", "nuslerp_flatten", "nuslerp_row_wise", "r", "alpha",
-              "beta", "floor", "clamp", "energy", "common_share", "row_wise", "flatten"]
-WEIRD = [None, True, False, 0, -1, 1, 2, 1e308, -1e308, float("nan"), float("inf"), 10**30, 0.5, "", "x", "0.5", "true", "base", "union",
-         "1e400", [], {}, [[]], [None], [0, "x"], [1, 2, 3], {"value": 1}, {"filter": "mlp"}, {"path": "a"}, {"model": "a"},
-         {"kind": "zero"}, [{"value": [0, 1]}, {"value": 2}], datetime.date(2024, 1, 1), b"\xff", "é" * 3, "\x7f", "a" * 5000, "a+b+c",
-         {1: 2}, {None: None}, {"a": {"a": {"a": []}}}, "../..", "~nobody/x", "{{ template of a certain length }}"]
+ODD = ["wide", "deep", "odd", "biased", "tied", "ids", "vision", "gpt", "packed", "half", "gone", "org/nowhere", "./gone+x",
+       "a@main"]
+PARAMETERS = ["weight", "density", "t", "normalize", "lambda", "scale", "gamma", "epsilon", "rescale", "int8_mask",
+              "select_topk", "filter_wise", "max_iter", "tol", "eps", "normalize_weights", "nuslerp_flatten",
+              "nuslerp_row_wise", "r", "alpha", "beta", "floor", "clamp", "energy", "common_share", "row_wise", "flatten"]
+WEIRD = [None, True, False, 0, -1, 1, 2, 1e308, -1e308, float("nan"), float("inf"), 10**30, 0.5, "", "x", "0.5", "true",
+         "base", "union", "1e400", [], {}, [[]], [None], [0, "x"], [1, 2, 3], {"value": 1}, {"filter": "mlp"},
+         {"path": "a"}, {"model": "a"}, {"kind": "zero"}, [{"value": [0, 1]}, {"value": 2}], datetime.date(2024, 1, 1),
+         b"\xff", "é" * 3, "\x7f", "a" * 5000, "a+b+c", {1: 2}, {None: None}, {"a": {"a": {"a": []}}}, "../..",
+         "~nobody/x", "{{ template of a certain length }}"]
 
 
 def tensors(layers=2, rows=8, tied=False):
     found = {"model.embed_tokens.weight": torch.zeros(rows, 4), "model.norm.weight": torch.zeros(4)}
     for i in range(layers):
-        found |= {f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(4, 4), f"model.layers.{i}.mlp.up_proj.weight": torch.zeros(8, 4)}
+        found |= {f"model.layers.{i}.self_attn.q_proj.weight": torch.zeros(4, 4),
+                  f"model.layers.{i}.mlp.up_proj.weight": torch.zeros(8, 4)}
     return found if tied else found | {"lm_head.weight": torch.zeros(rows, 4)}
 
 
@@ -52,7 +55,8 @@ def world(tmp_path_factory):
         "odd": (tensors() | {up: torch.zeros(6, 4)}, {}), "tied": (tensors(tied=True), {"tie_word_embeddings": True}),
         "biased": (tensors() | {"model.layers.0.mlp.up_proj.bias": torch.zeros(8)}, {}),
         "ids": (tensors() | {"model.position_ids": torch.arange(3), "model.scale": torch.tensor(1.0)}, {}),
-        "vision": ({k.replace("model.layers", f"{s}.layers"): v for s in ("vision_tower", "text_model") for k, v in tensors().items()},
+        "vision": ({k.replace("model.layers", f"{s}.layers"): v for s in ("vision_tower", "text_model")
+                    for k, v in tensors().items()},
                    {"vision_config": {"num_hidden_layers": 2}, "text_config": {"num_hidden_layers": 2}}),
         "gpt": (tensors(), {"architectures": ["GPT2LMHeadModel"]}), "packed": (tensors(), {"quantization_config": {"bits": 4}}),
         "half": ({k: v.half() for k, v in tensors().items()}, {})}
@@ -60,10 +64,11 @@ def world(tmp_path_factory):
     for name, (values, config) in made.items():
         (folder / name).mkdir()
         save_file(values, folder / name / "model.safetensors")
-        (folder / name / "config.json").write_text(json.dumps(
-            {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "vocab_size": 8, "tie_word_embeddings": False} | config))
+        said = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "vocab_size": 8, "tie_word_embeddings": False}
+        (folder / name / "config.json").write_text(json.dumps(said | config))
         checkpoint = Checkpoint.open(folder / name)
         opened[str(folder / name)] = (checkpoint, layout_of(checkpoint))
+    save_file(tensors(), folder / "fisher.safetensors")
     return folder, opened
 
 
@@ -77,8 +82,8 @@ def setting(rng):
         return number(rng)
     if kind < 0.8:
         return [number(rng) for _ in range(rng.randint(1, 4))]
-    choices = [{"filter": rng.choice(["mlp", "self_attn", "lm_head", "*", "nothing"]), "value": setting(rng) if rng.random() < 0.1 else number(rng)}
-               for _ in range(rng.randint(0, 2))]
+    choices = [{"filter": rng.choice(["mlp", "self_attn", "lm_head", "*", "nothing"]),
+                "value": setting(rng) if rng.random() < 0.1 else number(rng)} for _ in range(rng.randint(0, 2))]
     return [*choices, {"value": [number(rng), number(rng)]}] if rng.random() < 0.8 else choices
 
 
@@ -97,6 +102,8 @@ def parameters(rng, some):
 def entries(rng, layers=None):
     names = rng.sample(ALIKE, rng.randint(1, 3)) if rng.random() < 0.8 else [model(rng) for _ in range(rng.randint(1, 4))]
     found = [{"model": name, "parameters": parameters(rng, ["weight"])} for name in names]
+    for entry in found if rng.random() < 0.05 else []:
+        entry["fisher"] = rng.choice(["fisher.safetensors", "fisher.safetensors", "gone.safetensors", "a"])
     for entry in found if layers else []:
         start = rng.choice([0, 0, 0, 1])
         entry["layer_range"] = [start, start + layers] if rng.random() < 0.95 else [rng.randint(-1, 3), rng.randint(-1, 5)]
@@ -120,14 +127,15 @@ def config(rng):
     else:
         names = rng.choice([["default"], ["default", "text_model.layers", "vision_tower.layers"], ["decoder"]])
         found["modules"] = {n: {"models": entries(rng)} if rng.random() < 0.6 else {"slices": slices(rng)} for n in names}
-    found["parameters"] = parameters(rng, ["t"] if found["merge_method"] in ("slerp", "nearswap") else ["density"] * (rng.random() < 0.3))
+    some = ["t"] if found["merge_method"] in ("slerp", "nearswap") else ["density"] if rng.random() < 0.3 else []
+    found["parameters"] = parameters(rng, some)
     if rng.random() < 0.3:
         found["dialect"] = rng.choice(["native", "mergekit"])
     if rng.random() < 0.3:
         found[rng.choice(["dtype", "out_dtype"])] = rng.choice(["bfloat16", "float16", "float32", "torch.float32"])
     if rng.random() < 0.2:
-        found["tokenizer"] = {"source": rng.choice(["union", "base", "a", "elsewhere"]),
-                              "tokens": {"<x>": {"source": rng.choice(["a", {"kind": "model_token", "model": "b", "token_id": 1}, {"kind": "zero"}])}}}
+        source = rng.choice(["a", {"kind": "model_token", "model": "b", "token_id": 1}, {"kind": "zero"}])
+        found["tokenizer"] = {"source": rng.choice(["union", "base", "a", "elsewhere"]), "tokens": {"<x>": {"source": source}}}
     if rng.random() < 0.1:
         found["chat_template"] = rng.choice(["auto", "chatml", "no such thing"])
     return found
@@ -172,7 +180,8 @@ def spoiled(rng, text):
     elif kind == 1:
         lines[at] = " " + lines[at]
     elif kind == 2:
-        lines.insert(at, rng.choice(["---", "- x", "? [a]", "<<: *a", "a: &a [*a]", "\t", "!!python/none", "\x00", "{", "x: 1:30"]))
+        lines.insert(at, rng.choice(["---", "- x", "? [a]", "<<: *a", "a: &a [*a]", "\t", "!!python/none", "\x00", "{",
+                                     "x: 1:30"]))
     elif kind == 3:
         lines[at] += rng.choice([":", " {", "'", '"', " #", " |", " &x", "]"])
     else:
@@ -192,7 +201,7 @@ def run(seed, folder, opened):
         text = spoiled(rng, text)
     try:
         read = read_config(text, folders=(folder,), allow_unknown_keys=rng.random() < 0.3)
-        tokenizer_request(read)
+        assert len(set(read.models + read.tokenizers_only)) == len(read.models) + len(read.tokenizers_only)
         gone = [m for m in read.models if m.path not in opened]
         if gone:
             raise ModelError(f"no such folder: {gone}")

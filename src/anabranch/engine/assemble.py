@@ -15,7 +15,6 @@ from typing import Literal
 from anabranch.engine.blocks import MERGED
 from anabranch.engine.checkpoint import ITEM_SIZES, Checkpoint
 from anabranch.engine.config import MergeConfig, Part
-from anabranch.engine.config import TokenRow as Row
 from anabranch.engine.fetch import quantisation
 from anabranch.engine.holders import Cast, Found, Holders, Index, Spot
 from anabranch.engine.layout import Layout, name_in
@@ -27,7 +26,6 @@ from anabranch.engine.values import Findings, Values
 from anabranch.engine.wanted import COPY, Wanted
 from anabranch.errors import closest
 from anabranch.merge import METHODS, fitting
-from anabranch.surgery.tokenizer import TokenizerRequest, TokenRow, TokenRule, ZeroRow
 
 
 @dataclass(frozen=True)
@@ -75,21 +73,6 @@ def assemble(config: MergeConfig, inputs: Sequence[Checkpoint], layouts: Sequenc
     layers = planner.moved()
     return Assembly(tuple(wanted), (*config.warnings, *planner.findings.remarks()), planner.numbers[config.donor],
                     layers, planner.holders.untied, fisher)
-
-
-def tokenizer_request(config: MergeConfig) -> TokenizerRequest | None:
-    """The config's `tokenizer` with models as numbers: those of `config.models`, then `config.tokenizers_only`."""
-    if config.tokenizer is None:
-        return None
-    numbers = {reference: i for i, reference in enumerate((*config.models, *config.tokenizers_only))}
-    rules = {}
-    for token, said in config.tokenizer.tokens.items():
-        row = (TokenRow(numbers[said.source.model], said.source.token, said.source.token_id)
-               if isinstance(said.source, Row) else ZeroRow() if said.source == "zero" else None)
-        rules[token] = TokenRule(row, said.force)
-    source = config.tokenizer.source
-    return TokenizerRequest(numbers[source] if isinstance(source, Reference) else source, rules,
-                            config.tokenizer.pad_to_multiple_of)
 
 
 class _Planner:

@@ -97,7 +97,7 @@ class TensorStack:
     kind: BlockKind
     entries: int
     buffers: Buffers
-    draw: Callable[[int, int, Tensor], None] | None = None
+    draw: Uniform | None = None
     device: str = "cpu"
     fused: bool = False
 
@@ -170,6 +170,19 @@ class TensorStack:
             base = self.buffers.take("stored-base", n * dtype.itemsize, torch.uint8).numpy().view(dtype)
             self.base.read_bytes(start, base)
         return x, base
+
+    def l1_sums(self, densities: Sequence[float]) -> tuple[list[float], list[float]] | None:
+        """For each branch the sum of |branch - base|, and of those entries whose draw is below its density, as `Total` adds
+        them; None where the fused kernels cannot."""
+        if not self.fusible or self.draw is None:
+            return None
+        from anabranch.merge import kernels
+
+        before, after = np.zeros(self.k), np.zeros(self.k)
+        chances = np.array(densities, np.float32)
+        for start, stop in self.ranges():
+            kernels.l1_sums(*self.stored(start, stop), start, self.draw.keys, chances, before, after)
+        return before.tolist(), after.tolist()
 
     def rank_magnitudes(self, counts: Sequence[Sequence[int]]) -> list[list[tuple[int, int, int]]] | None:
         """For select.largest: for each branch and count (bits of the cut, equal entries to keep, equal entries there are).
@@ -264,27 +277,37 @@ def block_entries(shape: tuple[int, ...], kind: BlockKind, entries: int) -> int:
     return max(1, entries // CHUNK) * CHUNK
 
 
-def uniform(seed: int, keys: Sequence[str], tensor: str) -> Callable[[int, int, Tensor], None]:
-    """Draws for every branch: entry i of branch k depends on (seed, keys[k], tensor, i) and on nothing else."""
+class Uniform:
+    """Draws for every branch: entry i of branch k depends on (seed, keys[k], tensor, i) and on nothing else.
 
-    def draw(start: int, stop: int, into: Tensor) -> None:
+    A counter-based generator: the index and a key of 64 bits go through two rounds of the 32-bit mixer `lowbias32`, and the
+    upper 24 bits become a multiple of 2^-24 in [0, 1). The fused kernels draw the same numbers.
+    """
+
+    def __init__(self, seed: int, keys: Sequence[str], tensor: str) -> None:
+        names = ["\0".join((str(seed), key, tensor)) for key in keys]
+        self.keys = np.frombuffer(b"".join(hashlib.sha256(n.encode()).digest()[:8] for n in names), "<u4").reshape(-1, 2)
+
+    def __call__(self, start: int, stop: int, into: Tensor) -> None:
         out = into.numpy()
-        for row, key in enumerate(keys):
-            for chunk in range(start // CHUNK, -(-stop // CHUNK)):
-                first, last = max(start, chunk * CHUNK), min(stop, (chunk + 1) * CHUNK)
-                numbers = _chunk(seed, key, tensor, chunk)[first - chunk * CHUNK : last - chunk * CHUNK]
-                np.multiply(numbers, np.float32(2.0**-24), out=out[row, first - start : last - start])
-
-    return draw
-
-
-def _chunk(seed: int, key: str, tensor: str, chunk: int) -> np.ndarray:
-    """CHUNK integers in [0, 2^24), uint32, from a generator of their own."""
-    name = hashlib.sha256("\0".join((str(seed), key, tensor, str(chunk))).encode()).digest()
-    generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(int.from_bytes(name[:16], "little"))))
-    return generator.integers(0, 2**64, size=CHUNK // 2, dtype=np.uint64).view(np.uint32) >> np.uint32(8)
+        for first in range(start, stop, CHUNK):
+            index = np.arange(first, min(first + CHUNK, stop), dtype=np.uint64)
+            low, high = index.astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
+            for row, (one, other) in enumerate(self.keys):
+                mixed = _lowbias32(_lowbias32(low ^ one) ^ other ^ (high * np.uint32(0x9E3779B9)))
+                np.multiply(mixed >> np.uint32(8), np.float32(2.0**-24), out=out[row, first - start : first - start + len(index)])
 
 
-def new_hash() -> Any:
-    """A 128-bit hash at the speed of memory. It tells accidents, not forgers: XXH3 is no cryptographic hash."""
-    return xxhash.xxh3_128()
+def _lowbias32(x: np.ndarray) -> np.ndarray:
+    """A bijection of 32 bits in which each input bit flips each output bit about half the time (C. Wellons, 2018)."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def begin_hash(dtype: str, shape: Sequence[int]) -> Any:
+    """A 128-bit hash of a tensor, at the speed of memory. It holds dtype and shape already; the bytes come next.
+
+    It tells accidents, not forgers: XXH3 is no cryptographic hash.
+    """
+    return xxhash.xxh3_128(f"{dtype} {list(shape)} ".encode())

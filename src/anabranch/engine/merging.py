@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,16 +19,16 @@ import yaml
 import anabranch.merge as maths
 from anabranch import __version__
 from anabranch.artifacts import MergeInput, MergeManifest, digest, file_digest
-from anabranch.engine.blocks import MERGED, Buffers, PlainReader, new_hash
+from anabranch.engine.blocks import MERGED
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.config import MergeConfig
 from anabranch.engine.dialect import load_config, read_config
 from anabranch.engine.layout import layout_of, set_dtype
 from anabranch.engine.memory import plan_memory
-from anabranch.engine.output import MANIFEST, Done, OutputFolder, existing_parent, tensor_hash
+from anabranch.engine.output import MANIFEST, Done, OutputFolder, existing_parent, tensor_hash, vouched_for
 from anabranch.engine.plan import DTYPES, OutputPlan, Step, lay_out, line_up, parse_size
 from anabranch.engine.prepare import Options, Prepared, prepare
-from anabranch.engine.stream import Merge, Progress, Settings, stream
+from anabranch.engine.stream import Merge, Progress, Settings, check_device, check_input, stream
 from anabranch.engine.wanted import COPY, Input, Source, Wanted
 from anabranch.errors import AnabranchError, CorruptedError, OutputError, RecipeError, closest
 from anabranch.surgery.side_files import carry_tokenizer
@@ -92,6 +93,55 @@ def merge_checkpoints(
     return write(merge, folder, settings, wanted, progress)
 
 
+def merge(
+    config: Path | str | Mapping[str, Any],
+    out: Path | str,
+    *,
+    seed: int = 0,
+    max_shard_size: str = "5GB",
+    memory: str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    allow_unknown_keys: bool = False,
+    allow_mixed: bool = False,
+    allow_pickle: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    warn: Callable[[str], None] | None = warnings.warn,
+) -> MergeManifest:
+    """`anabranch.merge(config, out)`: what `anabranch merge CONFIG OUT` does, with the same options.
+
+    Args:
+        config: a YAML file in MergeKit's grammar, or a mapping of what would stand in one.
+        out: the model folder to make.
+        progress: called again and again with what is done.
+        warn: told each thing that the user should know; None for silence.
+    Raises:
+        AnabranchError: as `merge_config`.
+    """
+    return merge_config(config, out, options=options_for(seed, max_shard_size, allow_mixed, allow_pickle),
+                        settings=settings_for(memory, threads, device, allow_nonfinite),
+                        allow_unknown_keys=allow_unknown_keys, progress=progress, warn=warn)
+
+
+def options_for(seed: int = 0, max_shard_size: str = "5GB", allow_mixed: bool = False, allow_pickle: bool = False) -> Options:
+    """Options as people write them. Raises RecipeError."""
+    return Options(seed, parse_size(max_shard_size, "--max-shard-size"), allow_mixed, Path() if allow_pickle else None)
+
+
+def settings_for(memory: str | None = None, threads: int | None = None, device: str = "cpu",
+                 allow_nonfinite: bool = False) -> Settings:
+    """Settings as people write them: '512MB'; by default half of the memory and one worker per core, at most 8.
+
+    Raises RecipeError.
+    """
+    check_device(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return Settings(threads or min(8, cores), parse_size(memory, "--memory") if memory else half, device,
+                    allow_nonfinite=allow_nonfinite)
+
+
 def merge_config(
     config: Path | str | Mapping[str, Any],
     out: Path | str,
@@ -149,7 +199,7 @@ def forecast(
         return _forecast(prepared, settings or Settings(), out) + there
 
 
-def verify(folder: Path, *, files_only: bool = False, settings: Settings | None = None,
+def verify(folder: Path | str, *, files_only: bool = False, settings: Settings | None = None,
            progress: Callable[[Progress], None] | None = None) -> list[str]:
     """`anabranch verify OUT`: what is wrong with a merged folder; nothing, if the list is empty.
 
@@ -157,6 +207,7 @@ def verify(folder: Path, *, files_only: bool = False, settings: Settings | None 
     computed once more from the same inputs, written nowhere, and its hashes are compared. Raises AnabranchError where the
     inputs can no longer be had.
     """
+    folder = Path(folder)
     problems = verify_files(folder)
     if problems or files_only:
         return problems
@@ -165,7 +216,7 @@ def verify(folder: Path, *, files_only: bool = False, settings: Settings | None 
         return []
     with converting(Options(seed=manifest.seed, allow_mixed=True), folder) as options:
         merge = prepare(parsed(None, manifest.config, True), manifest.config, options).merge
-        done = stream(merge, None, settings or Settings(), progress)
+        done = stream(merge, None, replace(settings or Settings(), allow_nonfinite=True), progress)
     return _changed_inputs(merge, manifest, done) + [
         f"tensor '{name}': computed again it has other bytes" for name in sorted(done.keys() | manifest.tensors.keys())
         if name not in done or done[name].hash != manifest.tensors.get(name)]
@@ -255,12 +306,13 @@ def write(merge: Merge, folder: OutputFolder, settings: Settings, recorded: Mapp
     with folder.opened(key):
         try:
             done = stream(merge, folder, settings, progress)
+            read = input_hashes(merge, done)
         except OutputError:
             raise
         except AnabranchError:  # config or inputs are at fault, and mended ones will not fit what is written
             folder.abandon()
             raise
-        return folder.publish(lambda files: _manifest(merge, done, recorded, files))
+        return folder.publish(lambda files: _manifest(merge, done, read, recorded, files))
 
 
 def verify_files(folder: Path) -> list[str]:
@@ -341,7 +393,8 @@ def _fingerprint(merge: Merge) -> list[list[Any]]:
             for path in sorted(folder.glob("*.safetensors"))]
 
 
-def _manifest(merge: Merge, done: Mapping[str, Done], recorded: Mapping[str, Any], files: dict[str, str]) -> MergeManifest:
+def _manifest(merge: Merge, done: Mapping[str, Done], read: Sequence[str], recorded: Mapping[str, Any],
+              files: dict[str, str]) -> MergeManifest:
     squares = [result.squares for result in done.values() if result.squares]
     moved = [sqrt(sum(column)) for column in zip(*squares, strict=True)]
     return MergeManifest(
@@ -350,31 +403,27 @@ def _manifest(merge: Merge, done: Mapping[str, Done], recorded: Mapping[str, Any
         displacement=moved[0] if moved else None,
         branch_displacements=moved[1:],
         inputs=[MergeInput(label=one.label, hash=hashed)
-                for one, hashed in zip(merge.inputs, input_hashes(merge, done), strict=True)],
+                for one, hashed in zip(merge.inputs, read, strict=True)],
         tensors={name: result.hash for name, result in done.items()},
         files=files,
         software={"anabranch": __version__, "torch": torch.__version__})
 
 
 def input_hashes(merge: Merge, done: Mapping[str, Done] | None = None) -> list[str]:
-    """For each input a hash over the tensors that the merge reads of it. What `done` does not tell is read here."""
+    """For each input a hash over the tensors that the merge reads of it. What `done` does not tell is read here.
+
+    Raises CorruptedError for a tensor that is not what its folder's own manifest says.
+    """
     known = {key: value for result in (done or {}).values() for key, value in result.inputs.items()}
     used = sorted({source for step in merge.plan.steps for source in step.wanted.sources},
                   key=lambda source: (source.input, source.name))
-    buffers = Buffers()
+    vouched = [vouched_for(checkpoint.folder) for checkpoint in merge.opened]
     tables: list[dict[str, str]] = [{} for _ in merge.inputs]
     for source in used:
-        key = f"{source.input} {source.name}"
-        tables[source.input][source.name] = known.get(key) or _bytes_hash(merge.opened[source.input], source.name, buffers)
+        found = known.get(f"{source.input} {source.name}") or hash_of(merge.opened[source.input], source.name) or ""
+        check_input(merge, vouched, source, found)
+        tables[source.input][source.name] = found
     return [digest(table) for table in tables]
-
-
-def _bytes_hash(checkpoint: Checkpoint, name: str, buffers: Buffers) -> str:
-    reader = PlainReader(checkpoint, name, buffers, "raw", hasher=new_hash())
-    count = checkpoint.tensors[name].numel
-    for start in range(0, count, 1 << 18):
-        reader.read_raw(start, min(start + (1 << 18), count))
-    return reader.hasher.hexdigest()
 
 
 # --- the output folder ---

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from anabranch.artifacts import MergeManifest, file_digest, write_atomically
-from anabranch.engine.blocks import new_hash
+from anabranch.engine.blocks import begin_hash
 from anabranch.engine.plan import OutputPlan, Step
-from anabranch.errors import OutputError
+from anabranch.errors import CorruptedError, OutputError
 
 MANIFEST = "manifest.json"
 JOURNAL = ".merge-journal.jsonl"
@@ -38,7 +38,7 @@ class Done:
     """What the journal says of a finished tensor.
 
     hash      of its dtype, shape and bytes
-    inputs    '3 model.norm.weight' (number of the input, tensor) -> hash of its bytes, for those first read here
+    inputs    '3 model.norm.weight' (number of the input, tensor) -> its hash, for those first read here
     squares   squared distances from the base: the result's, then each branch's; empty where they were not wanted
     """
 
@@ -164,6 +164,10 @@ class OutputFolder:
         try:
             if not self.partial.is_dir():
                 raise OutputError(f"another merge has just finished {self.out}. Run the same command again.")
+            if self.out.is_dir() and any(self.out.iterdir()):  # since the caller looked
+                with suppress(OSError):
+                    self.partial.rmdir()  # empty, where it was made here
+                raise OutputError(f"another merge has just finished {self.out}. Run the same command again.")
             yield
         finally:
             os.close(handle)
@@ -211,7 +215,7 @@ class OutputFolder:
 
 def tensor_hash(file: Path, step: Step) -> str | None:
     """Hash of a tensor as it stands in a weight file at its step's place; None where the file is too short."""
-    hasher = begin_hash(step)
+    hasher = begin_hash(step.wanted.dtype, step.wanted.shape)
     try:
         with open(file, "rb", buffering=0) as handle:
             handle.seek(step.start)
@@ -227,11 +231,12 @@ def tensor_hash(file: Path, step: Step) -> str | None:
     return hasher.hexdigest()
 
 
-def begin_hash(step: Step) -> Any:
-    """A hash that already holds the tensor's dtype and shape; its bytes come next."""
-    hasher = new_hash()
-    hasher.update(f"{step.wanted.dtype} {list(step.wanted.shape)} ".encode())
-    return hasher
+def vouched_for(folder: Path) -> dict[str, str]:
+    """Tensor -> hash, as a model folder's own manifest has it; empty where no merge of ours made the folder."""
+    try:
+        return MergeManifest.load(folder / MANIFEST).tensors
+    except CorruptedError:
+        return {}
 
 
 def _journal_lines(path: Path) -> list[Any]:

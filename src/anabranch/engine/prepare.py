@@ -26,7 +26,7 @@ from anabranch.engine.layout import Layout, cut_config, layout_of, set_dtype, se
 from anabranch.engine.plan import DTYPES, lay_out
 from anabranch.engine.reference import Reference
 from anabranch.engine.stream import Merge
-from anabranch.engine.wanted import Input, Wanted
+from anabranch.engine.wanted import Input, Source, Wanted
 from anabranch.errors import AnabranchError, ModelError, RecipeError
 from anabranch.merge.stack import CHUNK
 from anabranch.surgery import chat_templates, side_files
@@ -80,6 +80,8 @@ def prepare(config: MergeConfig, text: str, options: Options) -> Prepared:
             warnings += chat_templates.template_warnings(template.text, opened[donor].folder, inputs[donor].label)
     else:
         files = dict(tokens.files)
+    if "auto_map" in opened[donor].config:  # the model's own code, copied and never run
+        files |= {path.name: path for path in opened[donor].folder.glob("*.py")}
     dtype = config.out_dtype or config.dtype or _dtypes(assembly.wanted)
     made, remarks = _config_json(config, opened[donor], layouts[donor], assembly, tokens, dtype)
     files["config.json"] = (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode()
@@ -199,12 +201,12 @@ class RowReader:
 
 
 def _readers(wanted: Sequence[Wanted], opened: Sequence[Checkpoint], adapters: Mapping[int, Adapter],
-             tokens: tokenizers.TokenizerPlan | None) -> dict[tuple[int, str], Callable[[Buffers], Reader]]:
-    readers: dict[tuple[int, str], Callable[[Buffers], Reader]] = {}
+             tokens: tokenizers.TokenizerPlan | None) -> dict[tuple[str, Source], Callable[[Buffers], Reader]]:
+    readers: dict[tuple[str, Source], Callable[[Buffers], Reader]] = {}
     for tensor in wanted:
         for source in tensor.sources:
             if source.input in adapters and adapters[source.input].touches(source.name):
-                readers[source.input, source.name] = partial(_adapter_reader, adapters[source.input], source.name)
+                readers[tensor.name, source] = partial(_adapter_reader, adapters[source.input], source.name)
         if tokens is not None and tensor.embedding:
             holders = {source.input: source.name for source in tensor.sources}
             # A token's row may be asked of a model that is in the merge for nothing else.
@@ -215,7 +217,7 @@ def _readers(wanted: Sequence[Wanted], opened: Sequence[Checkpoint], adapters: M
             read = partial(_rows, opened, adapters, names)
             for source in tensor.sources:
                 shape = opened[source.input].tensors[source.name].shape[1:]
-                readers[source.input, source.name] = partial(_row_reader, maps[source.input], read, shape)
+                readers[tensor.name, source] = partial(_row_reader, maps[source.input], read, shape)
     return readers
 
 
@@ -250,7 +252,8 @@ def _config_json(config: MergeConfig, donor: Checkpoint, layout: Layout, assembl
         made = set_vocab_size(tokens.with_new_ids(made), tokens.size)
     if assembly.untied:
         made = set_tied(made, False)
-    if dtype in DTYPES and (config.dtype or config.out_dtype):
+    said = made.get("dtype", made.get("torch_dtype"))
+    if dtype in DTYPES and (config.dtype or config.out_dtype or said not in (None, dtype)):
         made = set_dtype(made, dtype)
     return made, warnings
 

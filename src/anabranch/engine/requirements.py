@@ -194,7 +194,7 @@ def _levels(config: MergeConfig) -> Iterator[tuple[Mapping[str, Setting], bool]]
         for stretch in stretches(config, part):
             if stretch.slice is not None:
                 yield stretch.slice.parameters, False
-            for entry in stretch.entries:
+            for entry in roles_of(config, stretch).branches:  # a base's own are told of elsewhere
                 yield entry.parameters, True
 
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 import anabranch.merge as maths
-from anabranch.engine.blocks import MERGED, STORED, Buffers, PlainReader, Reader, TensorStack, new_hash, uniform
+from anabranch.engine.blocks import MERGED, STORED, Buffers, PlainReader, Reader, TensorStack, Uniform, begin_hash
 from anabranch.engine.checkpoint import ITEM_SIZES, Checkpoint
 from anabranch.engine.memory import Budget, MemoryPlan, kind_of, plan_memory
-from anabranch.engine.output import Done, OutputFolder, begin_hash
+from anabranch.engine.output import MANIFEST, Done, OutputFolder, vouched_for
 from anabranch.engine.plan import OutputPlan, Step
 from anabranch.engine.wanted import Input, Source
 from anabranch.errors import AnabranchError, CorruptedError, RecipeError
@@ -41,7 +41,7 @@ FUSED_FROM = 100 * 10**6
 class Merge:
     """Everything that decides the bytes of the result.
 
-    readers    (number of an input, tensor) -> how to read it, where that is not simply what its file holds: an adapter
+    readers    (tensor of the result, source) -> how to read it, where that is not simply what its file holds: an adapter
                folded in, rows moved
     fisher     number of an input -> the checkpoint that holds its Fisher information
     """
@@ -50,7 +50,7 @@ class Merge:
     opened: tuple[Checkpoint, ...]
     plan: OutputPlan
     seed: int = 0
-    readers: Mapping[tuple[int, str], Callable[[Buffers], Reader]] = field(default_factory=dict)
+    readers: Mapping[tuple[str, Source], Callable[[Buffers], Reader]] = field(default_factory=dict)
     fisher: Mapping[int, Checkpoint] = field(default_factory=dict)
 
 
@@ -114,6 +114,16 @@ def check_device(device: str) -> None:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"--device {device}: torch cannot use it here ({reason}). Wanted cpu, or cuda where there is one."
                           ) from error
+
+
+def check_input(merge: Merge, vouched: Sequence[Mapping[str, str]], source: Source, found: str) -> None:
+    """Raises CorruptedError where an input's own manifest has another hash of a tensor than was `found`."""
+    if vouched[source.input].get(source.name, found) != found:
+        checkpoint = merge.opened[source.input]
+        raise CorruptedError(
+            f"{checkpoint.folder / checkpoint.tensors[source.name].file}: tensor '{source.name}' has other bytes than its "
+            f"merge wrote, says {checkpoint.folder / MANIFEST}. Make or fetch this model again; if it was changed on "
+            f"purpose, delete its {MANIFEST}.")
 
 
 def branch_keys(inputs: Sequence[Input]) -> list[str]:
@@ -188,13 +198,23 @@ class _Job:
         size = sum(step.stop - step.start for step in self.merge.plan.steps)
         self.fused = size >= FUSED_FROM if self.settings.fused is None else self.settings.fused
         self.hashed = {key for done in self.finished.values() for key in done.inputs}
+        self.vouched = [vouched_for(checkpoint.folder) for checkpoint in self.merge.opened]
 
     def merged(self, step: Step, buffers: Buffers, told: queue.SimpleQueue) -> Done:
         """Compute and write one tensor."""
         need = self.memory.needs[step.name]
         self.budget.acquire(need)
         try:
-            return (self._merged if step.merged else self._copied)(step, buffers, told)
+            done = (self._merged if step.merged else self._copied)(step, buffers, told)
+            for key, found in done.inputs.items():
+                number, name = key.split(" ", 1)
+                check_input(self.merge, self.vouched, Source(int(number), name), found)
+            return done
+        except ValueError as error:  # numbers that cannot be ranked, a matrix that cannot be decomposed
+            for block in self._stack(step, buffers):
+                if not (finite(block.branches) and (block.base is None or finite(block.base))):
+                    raise self._not_finite(step, block) from error
+            raise
         finally:
             if kind_of(step) == "tensor":
                 buffers.drop()
@@ -205,7 +225,7 @@ class _Job:
         method, arguments = maths.method_named(step.wanted.method), dict(step.wanted.arguments)
         inputs = self._inputs(step, method)
         squares = _Squares(len(step.wanted.branches)) if self.settings.displacements else None
-        hasher, size = begin_hash(step), ITEM_SIZES[step.wanted.dtype]
+        hasher, size = begin_hash(step.wanted.dtype, step.wanted.shape), ITEM_SIZES[step.wanted.dtype]
         with torch.no_grad():
             if method.streamed is not None:
                 blockwise = method.streamed(stack, *(inputs[name] for name in method.inputs if name in inputs), **arguments)
@@ -217,7 +237,7 @@ class _Job:
 
             hashes = self._begin_input_hashes(stack)
             # A method's function may have a fused form, which gives the same bits or says that they are not finite.
-            fast = getattr(blockwise, "fused", None) if squares is None and stack.fusible and step.wanted.dtype in STORED else None
+            fast = fused_form(blockwise, stack) if squares is None and step.wanted.dtype in STORED else None
             for start, stop in stack.ranges():
                 rounded = buffers.take("rounded", stop - start, MERGED[step.wanted.dtype])
                 if fast is None:
@@ -245,7 +265,7 @@ class _Job:
         """The bytes of the first source, after comparing them with all others'."""
         readers = [PlainReader(self.merge.opened[s.input], s.name, buffers, f"raw-{i}", f"{s.input} {s.name}")
                    for i, s in enumerate(step.wanted.sources)]
-        hasher, size = begin_hash(step), ITEM_SIZES[step.wanted.dtype]
+        hasher, size = begin_hash(step.wanted.dtype, step.wanted.shape), ITEM_SIZES[step.wanted.dtype]
         stack = TensorStack(step.wanted.shape, readers, None, (), "entry", self.memory.entries, buffers)
         hashes = self._begin_input_hashes(stack)
         for start, stop in stack.ranges():
@@ -272,17 +292,17 @@ class _Job:
         method = maths.method_named(wanted.method)
         draw = None
         if "draws" in method.inputs:
-            draw = uniform(self.merge.seed, [self.keys[s.input] for s in wanted.branches], wanted.name)
+            draw = Uniform(self.merge.seed, [self.keys[s.input] for s in wanted.branches], wanted.name)
         fisher: list[Reader] = []
         if "fisher" in method.inputs:
             fisher = [PlainReader(self.merge.fisher[s.input], s.name, buffers, f"raw-fisher-{i}")
                       for i, s in enumerate(wanted.branches)]
-        return TensorStack(wanted.shape, [self._reader(s, buffers, f"raw-{i}") for i, s in enumerate(wanted.branches)],
-                           self._reader(wanted.base, buffers, "raw-base") if wanted.base and method.takes_base else None,
+        return TensorStack(wanted.shape, [self._reader(step, s, buffers, f"raw-{i}") for i, s in enumerate(wanted.branches)],
+                           self._reader(step, wanted.base, buffers, "raw-base") if wanted.base and method.takes_base else None,
                            fisher, kind_of(step), self.memory.entries, buffers, draw, self.settings.device, self.fused)
 
-    def _reader(self, source: Source, buffers: Buffers, place: str) -> Reader:
-        special = self.merge.readers.get((source.input, source.name))
+    def _reader(self, step: Step, source: Source, buffers: Buffers, place: str) -> Reader:
+        special = self.merge.readers.get((step.name, source))
         if special is not None:
             return special(buffers)
         return PlainReader(self.merge.opened[source.input], source.name, buffers, place, f"{source.input} {source.name}")
@@ -318,7 +338,8 @@ class _Job:
             for reader in [*stack.branches, *([stack.base] if stack.base else [])]:
                 if isinstance(reader, PlainReader) and reader.key is not None and reader.key not in self.hashed:
                     self.hashed.add(reader.key)
-                    reader.hasher = new_hash()
+                    info = reader.checkpoint.tensors[reader.name]
+                    reader.hasher = begin_hash(info.dtype, info.shape)
                     begun[reader.key] = reader
         return begun
 
@@ -332,10 +353,12 @@ class _Job:
         lines = [f"{self._label(source)}: {int(row.isnan().sum())} NaN and {int(row.isinf().sum())} infinite of "
                  f"{row.numel()} numbers read together" for source, row in rows if not bool(torch.isfinite(row).all())]
         if lines:
+            way_on = (f"{step.wanted.method} puts numbers in order or decomposes them, and cannot go on with these."
+                      if self.settings.allow_nonfinite else "(`--allow-nonfinite` merges them as they are.)")
             return CorruptedError.of(
                 f"tensor '{step.name}' cannot be merged:",
                 [*lines, "A branch that diverged must be trained again (a smaller learning rate helps); a damaged file must "
-                         "be fetched again. (`--allow-nonfinite` merges them as they are.)"])
+                         f"be fetched again. {way_on}"])
         return RecipeError(f"tensor '{step.name}': all inputs are finite, but {step.wanted.method} gives numbers that "
                            f"{step.wanted.dtype} cannot hold. Write the result in bfloat16 or float32 (`out_dtype`; in a "
                            "recipe `merge.dtype`).")
@@ -363,6 +386,15 @@ class _Squares:
         for i, row in enumerate([merged, *block.branches.reshape(len(block.branches), -1)]):
             for start in range(0, len(base), CHUNK):
                 self.values[i] += maths.squared_distance(row[start : start + CHUNK], base[start : start + CHUNK])
+
+
+def fused_form(blockwise: Blockwise, stack: TensorStack) -> Callable[..., bool] | None:
+    """(start, x, base, out) -> whether all is finite; None where the method, or what it reads, has none."""
+    if not stack.fusible:
+        return None
+    if stack.draw is not None and (by_keys := getattr(blockwise, "fused_by_keys", None)) is not None:
+        return lambda *given: by_keys(*given, stack.draw.keys)  # type: ignore[union-attr]
+    return getattr(blockwise, "fused", None)
 
 
 def numbers(rounded: Tensor) -> np.ndarray:

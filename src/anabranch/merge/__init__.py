@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -25,6 +26,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+import anabranch
 from anabranch.errors import RecipeError, closest
 from anabranch.merge.displacement import squared_distance as squared_distance
 
@@ -233,3 +235,13 @@ from anabranch.merge import (  # noqa: E402
     spherical,  # noqa: F401
     task_vectors,  # noqa: F401
 )
+
+# `anabranch.merge(config, out)` merges checkpoints; what it calls is the engine's, and imported when it is called.
+sys.modules[__name__].__class__ = anabranch.MergeModule
+
+
+def __getattr__(name: str) -> Callable[..., Tensor]:
+    """Every method by its name: `anabranch.merge.ties`."""
+    if name in METHODS:
+        return METHODS[name].function
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ def agreeing(steps: Float[Tensor, " k *n"]) -> Bool[Tensor, " k *n"]:
     return torch.stack([((step > 0) & up) | ((step < 0) & ~up) for step in steps])
 
 
-def summed(steps: Float[Tensor, "k *n"]) -> Float[Tensor, "*n"]:
+def summed(steps: Float[Tensor, " k *n"]) -> Float[Tensor, "*n"]:
     """The sum of all steps, in float32 in the order of the branches."""
     total = steps[0].clone()
     for step in steps[1:]:
@@ -47,7 +47,7 @@ class Consensus:
     quotient rounded by itself, no fused multiply-add; terms in the order of the branches):
 
         d_i = x_i - x_0
-        d_i = 0 where `cuts[i]` does not keep |d_i|, or `ceilings[i]` does (see select.above)
+        d_i = 0 where `cuts[i]` does not keep |d_i|, or `ceilings[i]` does (see select.above); what is not finite stays
         d_i = d_i * factors[i], if that is not 1
         D_i = d_i * weights[i]
         consensus:   S = D_1 + D_2 + ..;  m_i = D_i > 0 where S >= 0, D_i < 0 elsewhere
@@ -98,7 +98,9 @@ class Consensus:
         assert self.cuts is not None
         size = delta.abs()
         kept = above(size, self.cuts[i], start)
-        return kept if self.ceilings is None else kept & ~above(size, self.ceilings[i], start)
+        if self.ceilings is not None:
+            kept &= ~above(size, self.ceilings[i], start)
+        return kept.logical_or_(~size.isfinite())
 
     def merged(self, deltas: Sequence[Float[Tensor, "*n"]], base: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """The steps from D_i on, for task vectors that are cut already. `deltas` are overwritten."""

@@ -102,14 +102,14 @@ class RowStock:
 
 
 def _stock_ratio(products: Mapping[tuple[int, int], Tensor], k: int, floor: float, clamp: bool) -> Tensor:
-    """t of every vector, float64; 0 where it is not finite."""
+    """t of every vector, float64; 0 where it is not finite, but for a NaN among the vectors, which shows."""
     norms = [products[i, i].clamp(min=0).sqrt() for i in range(k)]
     total = torch.zeros_like(norms[0])
     for i, j in combinations(range(k), 2):
         total = total + (products[i, j] / (norms[i] * norms[j]).clamp(min=floor)).clamp(-1, 1)
     cosine = total / math.comb(k, 2)
     ratio = k * cosine / (1 + (k - 1) * cosine)
-    ratio = torch.where(torch.isfinite(ratio), ratio, 0.0)
+    ratio = torch.where(torch.isfinite(ratio) | cosine.isnan(), ratio, 0.0)
     return ratio.clamp(0, 1) if clamp else ratio
 
 
@@ -299,7 +299,7 @@ class Shared:
     def __call__(self, block: Block) -> Float[Tensor, "*n"]:
         assert block.base is not None
         deltas = block.branches - block.base
-        changed = deltas.abs() > self.epsilon
+        changed = ~(deltas.abs() <= self.epsilon)  # a NaN counts as changed, and shows
         count = changed.sum(0)
         step = torch.zeros_like(block.base)
         for delta, mask, factor in zip(deltas, changed, self.own, strict=True):

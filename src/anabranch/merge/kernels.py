@@ -122,7 +122,7 @@ def consent(x, base, cuts, lasts, ceilings, ceiling_lasts, factors, weights, ele
     zero, wide = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     total, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     steps = np.empty((k, TILE), np.float32)
-    none = np.float32(0)
+    none, infinity = np.float32(0), np.float32(np.inf)
     finite = True
     for start in range(0, n, TILE):
         count = min(TILE, n - start)
@@ -137,50 +137,138 @@ def consent(x, base, cuts, lasts, ceilings, ceiling_lasts, factors, weights, ele
             elif last >= count and ceiling == np.inf:
                 for j in range(count):
                     d = wide[j] - zero[j]
-                    row[j] = d if abs(d) >= cut else none
+                    row[j] = none if abs(d) < cut else d
             elif last < 0 and ceiling == np.inf:
                 for j in range(count):
                     d = wide[j] - zero[j]
-                    row[j] = d if abs(d) > cut else none
+                    row[j] = none if (abs(d) <= cut) & (abs(d) < infinity) else d
             else:
                 for j in range(count):
                     d = wide[j] - zero[j]
                     size = abs(d)
                     kept = (size > cut) | ((size == cut) & (j <= last))
                     over = (size > ceiling) | ((size == ceiling) & (j <= ceiling_last))
-                    row[j] = d if kept & (not over) else none
+                    row[j] = d if (kept & (not over)) | (not size < infinity) else none
             if factor != 1:
                 for j in range(count):
                     row[j] = row[j] * factor
             for j in range(count):
                 row[j] = row[j] * weight
-        for j in range(count):
-            total[j] = steps[0, j]
-        for i in range(1, k):
-            row = steps[i]
-            for j in range(count):
-                total[j] += row[j]
-        if elect:
-            for j in range(count):
-                wide[j] = total[j]
-                total[j] = wide[j] * none
-                divisor[j] = none
-            for i in range(k):
-                row, weight = steps[i], weights[i]
-                for j in range(count):
-                    agrees = (row[j] > 0) if wide[j] >= 0 else (row[j] < 0)
-                    total[j] += row[j] if agrees else none
-                    divisor[j] += weight if agrees else none
-            if normalize:
-                for j in range(count):
-                    total[j] = total[j] / (divisor[j] if divisor[j] != 0 else np.float32(1))
-        if multiplier != 1:
-            for j in range(count):
-                total[j] = total[j] * multiplier
+        _merge_steps(steps, weights, elect, normalize, multiplier, wide, total, divisor, count)
         for j in range(count):
             total[j] = total[j] + zero[j]
         finite &= _narrow(total, out[start : start + count])
     return finite
+
+
+@njit(**FLAGS)
+def consent_drawn(x, base, keys, chances, factors, weights, elect, normalize, multiplier, first, out):
+    """`Dropped`: entries kept where their draw is below chances[i], and scaled by factors[i]; then as `consent`."""
+    k, n = x.shape
+    zero, wide = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    total, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    steps, drawn = np.empty((k, TILE), np.float32), np.empty(TILE, np.float32)
+    none = np.float32(0)
+    finite = True
+    for start in range(0, n, TILE):
+        count = min(TILE, n - start)
+        _widen(base[start : start + count], zero)
+        for i in range(k):
+            _widen(x[i, start : start + count], wide)
+            _draw(first + start, keys[i, 0], keys[i, 1], drawn)
+            row, chance, factor, weight = steps[i], chances[i], factors[i], weights[i]
+            for j in range(count):
+                row[j] = wide[j] - zero[j] if drawn[j] < chance else none
+            if factor != 1:
+                for j in range(count):
+                    row[j] = row[j] * factor
+            for j in range(count):
+                row[j] = row[j] * weight
+        _merge_steps(steps, weights, elect, normalize, multiplier, wide, total, divisor, count)
+        for j in range(count):
+            total[j] = total[j] + zero[j]
+        finite &= _narrow(total, out[start : start + count])
+    return finite
+
+
+@njit(**FLAGS)
+def _merge_steps(steps, weights, elect, normalize, multiplier, wide, total, divisor, count):
+    """The weighted steps [k, TILE] into total[:count]: `Consensus.merged` without the base."""
+    none = np.float32(0)
+    for j in range(count):
+        total[j] = steps[0, j]
+    for i in range(1, steps.shape[0]):
+        row = steps[i]
+        for j in range(count):
+            total[j] += row[j]
+    if elect:
+        for j in range(count):
+            wide[j] = total[j]
+            total[j] = wide[j] * none
+            divisor[j] = none
+        for i in range(steps.shape[0]):
+            row, weight = steps[i], weights[i]
+            for j in range(count):
+                agrees = (row[j] > 0) if wide[j] >= 0 else (row[j] < 0)
+                total[j] += row[j] if agrees else none
+                divisor[j] += weight if agrees else none
+        if normalize:
+            for j in range(count):
+                total[j] = total[j] / (divisor[j] if divisor[j] != 0 else np.float32(1))
+    if multiplier != 1:
+        for j in range(count):
+            total[j] = total[j] * multiplier
+
+
+@njit(**FLAGS)
+def _mix(x):
+    """lowbias32 of the engine's draws."""
+    x = np.uint32(np.uint32(x ^ np.uint32(x >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    x = np.uint32(np.uint32(x ^ np.uint32(x >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.uint32(x ^ np.uint32(x >> np.uint32(16)))
+
+
+@njit(**FLAGS)
+def _draw(first, one, other, into):
+    """into.size draws in [0, 1) from flat index `first` on, which is a multiple of TILE."""
+    low = np.uint32(first & 0xFFFFFFFF)
+    key = np.uint32(other ^ np.uint32(np.uint32(first >> 32) * np.uint32(0x9E3779B9)))
+    for j in range(into.size):
+        mixed = _mix(np.uint32(_mix(np.uint32(np.uint32(low + np.uint32(j)) ^ one)) ^ key))
+        into[j] = np.float32(np.int32(mixed >> np.uint32(8))) * np.float32(5.9604644775390625e-08)
+
+
+@njit(**FLAGS)
+def l1_sums(x, base, first, keys, chances, before, after):
+    """Add to before[i] the sum of |x_i - x_0| and to after[i] that of the entries whose draw is below chances[i].
+
+    In the order of `Total`: runs of TILE entries by halving in float32, the runs in float64.
+    """
+    k, n = x.shape
+    zero, wide = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    drawn, kept = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    none = np.float32(0)
+    for start in range(0, n, TILE):
+        count = min(TILE, n - start)
+        _widen(base[start : start + count], zero)
+        for i in range(k):
+            _widen(x[i, start : start + count], wide)
+            _draw(first + start, keys[i, 0], keys[i, 1], drawn)
+            chance = chances[i]
+            for j in range(count):
+                wide[j] = abs(wide[j] - zero[j])
+                kept[j] = wide[j] if drawn[j] < chance else none
+            for j in range(count, TILE):
+                wide[j] = none
+                kept[j] = none
+            half = TILE // 2
+            while half:
+                for j in range(half):
+                    wide[j] += wide[half + j]
+                    kept[j] += kept[half + j]
+                half //= 2
+            before[i] += wide[0]
+            after[i] += kept[0]
 
 
 @njit(**FLAGS)

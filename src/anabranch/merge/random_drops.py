@@ -15,7 +15,7 @@ from torch import Tensor
 from anabranch.merge import PerBranch, merge_method, one_each, streams
 from anabranch.merge.averaging import finite
 from anabranch.merge.consensus import Consensus
-from anabranch.merge.sparsify import Dropped, densities, l1_factors
+from anabranch.merge.sparsify import Dropped, densities, factors_of, l1_factors
 from anabranch.merge.stack import Stack, WholeStack
 
 
@@ -244,7 +244,9 @@ def _merge(weights: Tensor, consensus: bool, normalize: bool, scale: float) -> C
 
 def _scaled(stack: Stack, dropped: Dropped, rescale: str) -> Dropped:
     if rescale == "l1" and any(rho < 1 for rho in dropped.densities):
-        return replace(dropped, factors=l1_factors(stack, dropped.kept))
+        quick = getattr(stack, "l1_sums", None) if dropped.half_width is None else None
+        sums = quick(dropped.densities) if quick is not None else None
+        return replace(dropped, factors=l1_factors(stack, dropped.kept) if sums is None else factors_of(*sums))
     return replace(dropped, each=rescale.startswith("inverse"))
 
 

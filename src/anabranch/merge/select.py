@@ -59,7 +59,8 @@ def largest(
         of: the rows of one block; the flat index of an entry is the block's start plus its place in the row.
         counts: for each row the counts wanted; 0 keeps none, the number of entries (or more) keeps all.
     Raises:
-        ValueError: a NaN among the numbers: it has no place in an order.
+        ValueError: a NaN among the numbers: it has no place in an order. Among `magnitudes` it ranks above infinity, and
+            is left to show in the result.
     """
     total = stack.numel
     open_counts = [sorted({c for c in row if 0 < c < total}) for row in counts]
@@ -90,7 +91,7 @@ def _histogram(stack: Stack, of: Callable[[Block], Tensor], m: int) -> Int64[Ten
         upper += torch.arange(m, dtype=torch.int32, device=upper.device)[:, None] * UPPER
         counted += torch.bincount(upper.reshape(-1), minlength=m * UPPER).cpu()
     table = counted.reshape(m, UPPER)
-    if int(table[:, 0x7F80 + 1:].sum()):
+    if of is not magnitudes and int(table[:, 0x7F80 + 1:].sum()):
         raise ValueError("a NaN among the numbers to be ranked")
     return table
 
@@ -147,4 +148,5 @@ def _with_last(stack: Stack, of: Callable[[Block], Tensor],
 
 
 def _number(bits: int) -> float:
-    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+    """Of a NaN's bits: infinity."""
+    return float(torch.tensor(min(bits, 0x7F800000), dtype=torch.int32).view(torch.float32))

@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from anabranch.merge import PerBranch, one_each
-from anabranch.merge.consensus import Consensus
+from anabranch.merge.consensus import Consensus, divisor_of
 from anabranch.merge.select import Cut, largest, magnitudes
 from anabranch.merge.stack import CHUNK, Block, Stack, Total
 
@@ -101,7 +102,11 @@ def l1_factors(stack: Stack, kept: Kept) -> tuple[float, ...]:
         survivors = torch.stack([s.masked_fill(~kept(block, i), 0.0) for i, s in enumerate(size)])
         total.add(torch.cat([size, survivors]).flatten(1))
     sums = total.finish().tolist()
-    before, after = sums[: stack.k], sums[stack.k :]
+    return factors_of(sums[: stack.k], sums[stack.k :])
+
+
+def factors_of(before: Sequence[float], after: Sequence[float]) -> tuple[float, ...]:
+    """What brings a sum of magnitudes back to what it was before entries were dropped; 1 where either is below 1e-7."""
     return tuple(b / a if min(a, b) >= SMALLEST_NORM else 1.0 for a, b in zip(after, before, strict=True))
 
 
@@ -128,9 +133,24 @@ class Dropped:
             kept, p = self._kept(block, i, delta)
             delta.masked_fill_(~kept, 0.0)
             if self.each and self.densities[i] < 1:
-                delta /= p.masked_fill(~kept, 1.0) if isinstance(p, Tensor) else (p or 1.0)
+                delta = delta / p.masked_fill(~kept, 1.0) if isinstance(p, Tensor) else delta.mul_(1.0 / (p or 1.0))
             deltas.append(delta if factor == 1 else delta.mul_(factor))
         return self.then.merged(deltas, block.base)
+
+    @property
+    def fused_by_keys(self) -> Callable[..., bool] | None:
+        """The same on numbers as they are stored (see kernels): (start, x, base, out, keys of the draws) -> all finite."""
+        return self._fused if self.half_width is None else None
+
+    def _fused(self, start: int, x: np.ndarray, base: np.ndarray, out: np.ndarray, keys: np.ndarray) -> bool:
+        from anabranch.merge import kernels
+
+        merge = self.then
+        factors = [1.0 / rho if self.each and 0 < rho < 1 else f for rho, f in zip(self.densities, self.factors, strict=True)]
+        scale = merge.scale if merge.consensus or not merge.normalize else merge.scale / divisor_of(merge.weights)
+        return kernels.consent_drawn(
+            x, base, keys, np.array(self.densities, np.float32), np.array(factors, np.float32),
+            np.array(merge.weights, np.float32), merge.consensus, merge.normalize, np.float32(scale), start, out)
 
     def kept(self, block: Block, i: int) -> Bool[Tensor, "*n"]:
         assert block.base is not None

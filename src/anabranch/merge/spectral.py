@@ -235,8 +235,10 @@ def _thin(a: Tensor, count: int | None = None, least: float = 0.0) -> tuple[Tens
 
 
 def _deltas(branches: Tensor, base: Tensor, weights: Tensor) -> tuple[list[Tensor], list[float]]:
-    """Task vectors and weights of the branches whose weight is not 0."""
+    """Task vectors and weights of the branches whose weight is not 0. Raises ValueError for one that is not finite."""
     chosen = [(branch - base, w) for branch, w in zip(branches, finite(weights), strict=True) if w != 0]
+    if not all(bool(d.isfinite().all()) for d, _ in chosen):
+        raise ValueError("a NaN or an infinity among the inputs: such a matrix has no singular values")
     return [d for d, _ in chosen], [w for _, w in chosen]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -132,32 +133,28 @@ class ModelStack:
             before += stack.numel
 
 
-def chunk_sums(x: Float[Tensor, "*lead n"]) -> Float[Tensor, "*lead"]:
-    """Sum over the last dimension, float64: float32 sums of CHUNK entries each, added in order.
-
-    Blocks that begin at multiples of CHUNK give sums whose running total does not depend on where they were cut, if
-    each block's chunks are added one after the other: use `Total` for that.
-    """
-    total = Total()
-    total.add(x)
-    return total.value
-
-
 class Total:
-    """A running sum over the last dimension of the blocks of a pass, float64 [*lead]."""
+    """A running sum over the last dimension of the blocks of a pass, float64 [*lead].
+
+    Runs of RUN entries are summed in float32 by halving (entry j and entry j + RUN / 2, then j and j + RUN / 4, ..), a last
+    run that is shorter as if zeros followed, and the runs are added in float64, in order. So the result does not depend on
+    how a tensor was cut, as long as every block but the last holds whole runs.
+    """
 
     def __init__(self) -> None:
         self.value: Any = 0.0
 
     def add(self, x: Float[Tensor, "*lead n"]) -> None:
-        n = x.shape[-1]
-        whole = n // CHUNK * CHUNK
-        if whole:
-            sums = x[..., :whole].unflatten(-1, (-1, CHUNK)).sum(-1).double()
-            for i in range(sums.shape[-1]):
-                self.value = self.value + sums[..., i]
-        if n > whole or n == 0:
-            self.value = self.value + x[..., whole:].sum(-1).double()
+        x = torch.nn.functional.pad(x, (0, -x.shape[-1] % RUN)).unflatten(-1, (-1, RUN))
+        while x.shape[-1] > 1:
+            half = x.shape[-1] // 2
+            x = x[..., :half] + x[..., half:]
+        sums = x[..., 0].double().cpu().numpy()
+        if sums.shape[-1]:
+            sums[..., 0] += np.asarray(self.value)
+            self.value = torch.from_numpy(np.asarray(np.add.accumulate(sums, axis=-1)[..., -1]).copy())
+        elif isinstance(self.value, float):
+            self.value = torch.zeros(sums.shape[:-1], dtype=torch.float64)
 
 
 def gram(stack: Stack, *, offset: bool) -> Float[Tensor, " n n"]:
