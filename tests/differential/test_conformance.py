@@ -265,6 +265,24 @@ def test_a_model_s_own_code_comes_along(models):
     assert (models / "with" / "modeling_own.py").exists() and not (models / "without" / "modeling_own.py").exists()
 
 
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_ties_over_the_whole_model(models, density):
+    """Ranks over all tensors at once, by one sort of them all."""
+    config = {"merge_method": "ties_global", "base_model": "base", "models": listed(a=1, b=1), "out_dtype": "float32",
+              "parameters": {"density": density}}
+    out = merged(config)
+    base, *branches = (tensors_of(models / name) for name in ("base", "a", "b"))
+    cuts = []
+    for branch in branches:
+        sizes = torch.cat([(branch[n].float() - base[n].float()).abs().flatten() for n in base]).sort(descending=True).values
+        count = int(density * len(sizes))
+        cuts.append(float(sizes[count - 1]) if count else float("inf"))
+    for name in base:
+        wanted = METHODS["ties_global"].function(torch.stack([b[name].float() for b in branches]), base[name].float(),
+                                                 torch.ones(2), torch.tensor(cuts), density=density)
+        assert out[name].equal(wanted), name
+
+
 def test_small_steps_in_sixteen_bits_are_told_of(models):
     told: list[str] = []
     merge_config({"merge_method": "nearswap", "base_model": "base", "models": listed(a=None), "parameters": {"t": 1e-4}}, "out",

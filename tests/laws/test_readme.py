@@ -83,6 +83,8 @@ def models(tmp_path, monkeypatch):
             if not (tmp_path / model.path).exists():
                 write_checkpoint(tmp_path / model.path)
     monkeypatch.chdir(tmp_path)
+    # The limit is of the whole process, and this one has run other tests.
+    monkeypatch.setattr("anabranch.engine.memory.occupied", lambda: 200 * 10**6)
     return tmp_path
 
 

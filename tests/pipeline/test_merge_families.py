@@ -294,7 +294,7 @@ def test_slices_of_several_models_merged(models, tmp_path):
 
 @pytest.mark.parametrize("name", ["llava", "qwen2-vl", "whisper", "t5"])
 def test_modules(name, models, tmp_path):
-    """Models of several stacks: one stack is merged, another taken from one model, and layers of a third are dropped."""
+    """Models of several stacks: the layers of one are put together from two models, all else is one model's."""
     family, (base, a, _) = FAMILIES[name], models(name)
     from anabranch.engine.checkpoint import Checkpoint
     from anabranch.engine.layout import layout_of
@@ -303,25 +303,30 @@ def test_modules(name, models, tmp_path):
     stacks = [module for module, count in layout.layers.items() if count]
     text = next(m for m in stacks if "decoder" in m or "language" in m or "model.layers" in m or "text" in m)
     modules: dict[str, Any] = {m: {"models": [{"model": str(a)}]} for m in layout.layers if m != text}
-    modules[text] = {"slices": [{"sources": [{"model": str(base), "layer_range": [1, 2]}]},
-                                {"sources": [{"model": str(a), "layer_range": [0, 2]}]}]}
+    rows = [(base, 0), (a, 1), (base, 1)]
+    modules[text] = {"slices": [{"sources": [{"model": str(p), "layer_range": [i, i + 1]}]} for p, i in rows]}
     merge_config({"merge_method": "passthrough", "modules": modules}, tmp_path / "out")
     model = loaded(family, tmp_path / "out")
-    got, first, second = tensors_of(tmp_path / "out"), tensors_of(base), tensors_of(a)
-    prefix = layout.prefixes[text]
-    rows = [(first, 1), (second, 0), (second, 1)]
-    for place, (state, layer) in enumerate(rows):
-        names = [n for n in state if n.startswith(f"{prefix}.{layer}.")]
-        ours = [n for n in got if n.startswith(f"{prefix}.{place}.")]
-        assert len(ours) >= len(names) - 1 and names
-        assert all(got[n].equal(state[n.replace(f"{prefix}.{place}.", f"{prefix}.{layer}.", 1)]) for n in ours
-                   if n.replace(f"{prefix}.{place}.", f"{prefix}.{layer}.", 1) in state)
-    assert all(got[n].equal(second[n]) for n in got if not n.startswith(f"{prefix}.") and n in second and layer_of(n, stacks))
+    got, prefix = tensors_of(tmp_path / "out"), layout.prefixes[text]
+    expected = {n: t for n, t in tensors_of(a).items() if not n.startswith(f"{prefix}.")}
+    for place, (folder, layer) in enumerate(rows):
+        expected |= {n.replace(f"{prefix}.{layer}.", f"{prefix}.{place}.", 1): t for n, t in tensors_of(folder).items()
+                     if n.startswith(f"{prefix}.{layer}.")}
+    assert got.keys() == expected.keys()
+    assert all(got[n].equal(expected[n]) for n in got)
     assert bool(outputs(family, model).isfinite().all())
 
 
-def layer_of(name: str, stacks: list[str]) -> bool:
-    return any(name.startswith(f"{stack}.") for stack in stacks)
+@pytest.mark.parametrize("ranges", [([1, 2], [0, 2]), ([0, 2], [0, 1]), ([0, 1], [1, 2])])
+def test_a_first_layer_unlike_the_others(ranges, models, tmp_path):
+    """T5 keeps the position bias of a whole stack in its layer 0: moved or repeated, the result would not load."""
+    base = models("t5")[0]
+    modules: dict[str, Any] = {m: {"models": [{"model": str(base)}]} for m in ("default", "encoder.block")}
+    modules["decoder.block"] = {"slices": [{"sources": [{"model": str(base), "layer_range": r}]} for r in ranges]}
+    warnings: list[str] = []
+    merge_config({"merge_method": "passthrough", "modules": modules}, tmp_path / "out", warn=warnings.append)
+    said = [w for w in warnings if "relative_attention_bias" in w]
+    assert bool(said) == (ranges != ([0, 1], [1, 2]))
 
 
 # --- what transformers does not load ---

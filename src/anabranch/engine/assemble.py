@@ -114,6 +114,10 @@ class _Planner:
                 self.findings.problem(f"{message}. A tensor of one name means different things in them. Merge models of "
                                       "one architecture (`override_architecture` renames one that is the same under "
                                       "another name).", kind="model")
+        first, *others = self.config.models
+        for label, layout in zip(others, self.layouts[1:], strict=True):
+            if (how := _unlike(self.layouts[0], layout)) is not None:
+                self.findings.problem(f"{label} has few names of tensors in common with {first}{how}", kind="shape")
 
     # ---- modules and their layers
 
@@ -308,6 +312,19 @@ class _Planner:
         for problem in sidecar_problems(files, wanted, [str(model) for model in self.config.models], self.inputs):
             self.findings.problem(problem)
         return files
+
+
+def _unlike(one: Layout, other: Layout) -> str | None:
+    """Where two models share less than half of their tensors' names: what may be behind it."""
+    mine, theirs = ({place.template for place in layout.places.values()} for layout in (one, other))
+    if 2 * len(mine & theirs) >= min(len(mine), len(theirs)):
+        return None
+    for longer, shorter in ((mine, theirs), (theirs, mine)):
+        for prefix in {name[: -len(ending)] for ending in sorted(shorter)[:1] for name in longer if name.endswith(f".{ending}")}:
+            if 2 * sum(prefix + name in longer for name in shorter) >= len(shorter):
+                return (f": they differ by the prefix `{prefix}`. One was saved with its head and one without, or by another "
+                        "library. Load one with the class of the other (the `architectures` of its config.json) and save it.")
+    return ". Merge models of one architecture, saved by the same library."
 
 
 def _architecture(label: Reference, checkpoint: Checkpoint) -> str | None:

@@ -208,18 +208,26 @@ class TensorStack:
             out[row].append((low * LOWER + offset, keep, int(table[offset])))
         return out
 
-    def nth_equal(self, row: int, bits: int, n: int) -> int | None:
-        """Flat index of the n-th entry of branch `row` whose magnitude has these bits; None where the kernels cannot."""
+    def nth_equal(self, wanted: Sequence[tuple[int, int, int]]) -> list[int] | None:
+        """For each (branch, bits, n) the flat index of the n-th entry whose magnitude has these bits; None where the fused
+        kernels cannot. Reads no further than it must."""
         if not self.fusible:
             return None
         from anabranch.merge import kernels
 
-        for start, stop in self.ranges():
-            x, base = self.stored(start, stop, [row])
-            index, n = kernels.nth_equal(x[0], base, bits, n)
-            if n == 0:
-                return start + index
-        raise AssertionError("fewer equal entries than were counted")
+        left = {key: key[2] for key in wanted}
+        found: dict[tuple[int, int, int], int] = {}
+        ranges = self.ranges()
+        while left:
+            start, stop = next(ranges)
+            rows = sorted({row for row, _, _ in left})
+            x, base = self.stored(start, stop, rows)
+            for key in list(left):
+                index, left[key] = kernels.nth_equal(x[rows.index(key[0])], base, key[1], left[key])
+                if left[key] == 0:
+                    found[key] = start + index
+                    del left[key]
+        return [found[key] for key in wanted]
 
     def _brackets(self, wanted: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """(lowest, highest) bucket of upper bits in which each (branch, count) is to be looked for."""

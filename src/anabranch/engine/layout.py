@@ -356,6 +356,7 @@ def cut_config(
         key, old = layout.count_keys.get(module), layout.layers[module]
         if list(layers) == list(range(old)):
             continue
+        warnings += _first_alone(layout, module, layers)
         # some configs (Nemotron-H) have no count, only a list of one entry per layer
         home = _at(result, key[:-1]) if key else next((p for p in _parts(result) if _lists_layers(p, old)), None)
         if home is None:
@@ -374,6 +375,22 @@ def cut_config(
         if "attention_types" in home and "attention_layers" in home:  # GPT-Neo says it twice
             home["attention_types"] = [[home["attention_layers"], 1]]
     return result, warnings
+
+
+def _first_alone(layout: Layout, module: str, layers: Sequence[int]) -> list[str]:
+    """T5 has its position bias in layer 0 of a stack, ModernBERT has no norm there: code that asks for a layer's number, of
+    which no config tells."""
+    holders: dict[str, set[int]] = {}
+    for place in layout.places.values():
+        if place.module == module and place.layer is not None:
+            holders.setdefault(place.template, set()).add(place.layer)
+    old = layout.layers[module]
+    odd = [t for t, at in sorted(holders.items()) if old > 1 and at in ({0}, set(range(1, old)))]
+    if not odd or (layers[0] == 0 and 0 not in layers[1:]):
+        return []
+    return [f"layer 0 of module `{module}` has other tensors than the layers after it ({', '.join(odd[:3])}"
+            f"{', ..' if len(odd) > 3 else ''}), and it does not stand first, and only there, any more: the result will "
+            "probably not load. Begin the first slice with layer 0, and repeat it nowhere"]
 
 
 def _lists_layers(part: Mapping[str, Any], old: int) -> bool:

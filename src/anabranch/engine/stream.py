@@ -329,7 +329,7 @@ class _Job:
             stack = ModelStack([self._stack(step, buffers) for step in steps])
             with torch.no_grad():
                 found = largest(stack, magnitudes, [[int(density * stack.numel)] for density in densities])
-            self.cuts[key] = [cut.value for (cut,) in found]
+            self.cuts[key] = [max(cut.value, 0.0) for (cut,) in found]  # -inf, where all are kept, is no magnitude
 
     def _begin_input_hashes(self, stack: TensorStack) -> dict[str, PlainReader]:
         """Have the readers of a stack hash what they read from now on, for tensors that no step has hashed yet."""

@@ -305,18 +305,16 @@ def count_bracket(x, base, rows, low, above, tables):
                 _widen(x[rows[c], start : start + count], wide)
                 for j in range(count):
                     wide[j] = abs(wide[j] - zero[j])
-            first = np.uint32(low[c])
-            beyond, inside = 0, 0
+            first, row = np.uint32(low[c]), tables[c]
+            last = np.uint32(first + width)
+            beyond = np.int32(0)
             for j in range(count):
-                beyond += bits[j] >= np.uint32(first + width)
-                inside += bits[j] >= first
+                beyond = np.int32(beyond + np.int32(bits[j] >= last))
             above[c] += beyond
-            if inside > beyond:
-                row = tables[c]
-                for j in range(count):
-                    place = np.uint32(bits[j] - first)
-                    if place < width:
-                        row[place] += 1
+            for j in range(count):
+                place = np.uint32(bits[j] - first)
+                if place < width:
+                    row[place] += 1
 
 
 @njit(**FLAGS)

@@ -6,8 +6,8 @@ per cut, whatever the size of the tensor; the result is exact, so it cannot depe
 several entries equal the last one kept, those with the lower flat index are kept (a third pass finds where that ends).
 
 A stack may rank the magnitudes of its task vectors in a faster way of its own, to the same result:
-`rank_magnitudes(counts) -> [[(bits, kept, there), ..], ..]` as `_exact` gives it, and `nth_equal(row, bits, n) -> index`;
-None where it cannot.
+`rank_magnitudes(counts) -> [[(bits, kept, there), ..], ..]` as `_exact` gives it, and `nth_equal([(row, bits, n), ..])
+-> [index, ..]`; None where it cannot.
 """
 
 from __future__ import annotations
@@ -127,12 +127,12 @@ def _with_last(stack: Stack, of: Callable[[Block], Tensor],
     """The cuts, with the index up to which equal entries are kept; a pass is made only where they are not all kept."""
     left = {(row, count): keep for row, cuts in enumerate(exact) for count, (_, keep, there) in cuts.items() if keep < there}
     last: dict[tuple[int, int], int] = {}
-    quick = getattr(stack, "nth_equal", None) if of is magnitudes else None
-    for row, count in list(left):
-        index = quick(row, exact[row][count][0], left[row, count]) if quick is not None else None
-        if index is not None:
-            last[row, count] = index
-            del left[row, count]
+    quick = getattr(stack, "nth_equal", None) if of is magnitudes and left else None
+    if quick is not None:
+        keys = list(left)
+        indices = quick([(row, exact[row][count][0], left[row, count]) for row, count in keys])
+        if indices is not None:
+            last, left = dict(zip(keys, indices, strict=True)), {}
     if left:
         for block in stack:
             bits = _bits(of(block))
