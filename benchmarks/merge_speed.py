@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def configs(base: Path, branches: list[Path]) -> dict[str, dict[str, Any]]:
         return [{"model": str(b), **({"parameters": {k: v[i] if isinstance(v, list) else v for k, v in parameters.items()}}
                                      if parameters else {})} for i, b in enumerate(branches[:n])]
 
-    def config(method: str, n: int = 3, with_base: bool = True, top: dict[str, Any] | None = None, **each: Any) -> dict[str, Any]:
+    def config(method: str, n: int = 3, with_base: bool = True, top: dict[str, Any] | None = None,
+               **each: Any) -> dict[str, Any]:
         return {"merge_method": method, "models": models(n, **each), **({"base_model": str(base)} if with_base else {}),
                 **({"parameters": top} if top else {}), "dtype": "bfloat16"}
 
@@ -119,10 +121,9 @@ def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float
     peak = 0
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        try:
-            peak = max(peak, next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAnon")))
-        except (OSError, StopIteration):
-            pass
+        with suppress(OSError, StopIteration):  # it may end just now
+            lines = status.read_text().splitlines()
+            peak = max(peak, next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
         time.sleep(0.02)
     seconds = time.perf_counter() - begun
     output, errors = process.communicate()
@@ -131,12 +132,12 @@ def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float
     return seconds, peak * 1024 / 1e6, output
 
 
-def ours(config: dict[str, Any], work: Path, more: list[str] | None = None) -> dict[str, float]:
+def ours(config: dict[str, Any], work: Path) -> dict[str, float]:
     path, out = work / "config.yaml", work / "out"
     path.write_text(yaml.safe_dump(config))
     shutil.rmtree(out, ignore_errors=True)
-    wall, peak, output = timed([sys.executable, "-m", "anabranch", "merge", str(path), str(out), "--threads", str(THREADS), "--json",
-                                *(more or [])], {"OMP_NUM_THREADS": "1"})
+    wall, peak, output = timed([sys.executable, "-m", "anabranch", "merge", str(path), str(out), "--threads", str(THREADS),
+                                "--json"], {"OMP_NUM_THREADS": "1"})
     done = json.loads(output.strip().splitlines()[-1])
     return {"wall_s": round(wall, 3), "merge_s": done["seconds"], "peak_mb": round(peak)}
 

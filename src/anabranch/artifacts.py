@@ -269,6 +269,11 @@ class MergeManifest(Artifact):
     files: dict[str, str] = Field(description="file other than weights -> SHA-256")
     software: dict[str, str] = {}
 
+    @property
+    def model_hash(self) -> str:
+        """Of the merged model: its tensors and its other files."""
+        return digest([self.tensors, self.files])
+
 
 class UnitScore(Part):
     loss: float = Field(description="mean over response tokens, nats")

@@ -32,7 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON object per line: wa
 def merge(
     config: Annotated[Path, typer.Argument(help="a merge config (YAML): MergeKit's as it is, or `dialect: native`")],
     result: Annotated[Path, typer.Argument(metavar="OUT", help="the model folder to make")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and every problem; write nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, every problem; write nothing")] = False,
     memory: Memory = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -83,6 +83,7 @@ def merge(
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="a merged model folder")],
     files_only: Annotated[bool, typer.Option(help="hold the files to the manifest, and compute nothing again")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="read .bin inputs, as the merge did")] = False,
     memory: Memory = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -98,7 +99,7 @@ def verify(
             from anabranch.engine import merging
 
         with _progress("verify", quiet, as_json) as progress:
-            problems = merging.verify(folder, files_only=files_only, progress=progress,
+            problems = merging.verify(folder, files_only=files_only, allow_pickle=allow_pickle, progress=progress,
                                       settings=merging.settings_for(memory, threads, device, allow_nonfinite=True))
         for problem in problems:
             _line("problem", message=problem) if as_json else err.print(problem, style="red", markup=False)
@@ -178,7 +179,7 @@ def _lines(what: str, as_json: bool) -> Callable[[Any], None]:
         nonlocal told, first
         first = now.done if first is None else first
         moment = time.monotonic()
-        if moment - told < (1 if as_json else 10) and now.done < now.total or moment == told:
+        if (moment - told < (1 if as_json else 10) and now.done < now.total) or moment == told:
             return
         told = moment
         rate = (now.done - first) / max(moment - begun, 1e-9)

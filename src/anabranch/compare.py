@@ -221,7 +221,7 @@ def run_arm(run: Run, arm: Arm, seed: int) -> ArmRun:
         else:
             manifest, trained = _train_arm(run, arm, seed, folder)
             tokens, branches = sum(b.tokens_seen for b in trained), len(trained)
-        model, model_hash, displacement = folder / "merged", digest(manifest.files), manifest.displacement
+        model, model_hash, displacement = folder / "merged", manifest.model_hash, displacement_of(manifest)
     evaluate_folder(run, mixture, model, arm.label, model_hash, folder / "evaluation.json")
     result = ArmRun(arm=arm.label, seed=seed, tokens=tokens, displacement=displacement, branches=branches, alpha=alpha,
                     evaluation=str((folder / "evaluation.json").relative_to(run.folder)),
@@ -262,8 +262,8 @@ def _pull_back(run: Run, arm: Arm, seed: int, out: Path) -> tuple[MergeManifest,
     """base + alpha (joint - base) at the reference arm's distance. alpha > 1 lengthens joint's step: it is said, not cut."""
     reference = parse_arms(arm.reference)[0]
     joint = arm_folder(run, Arm("joint", "joint"), seed)
-    far = MergeManifest.load(joint / "merged" / "manifest.json").displacement
-    near = MergeManifest.load(arm_folder(run, reference, seed) / "merged" / "manifest.json").displacement
+    far = displacement_of(MergeManifest.load(joint / "merged" / "manifest.json"))
+    near = displacement_of(MergeManifest.load(arm_folder(run, reference, seed) / "merged" / "manifest.json"))
     alpha = near / far
     plan = Plan.load(joint / "plan.json")
     manifest = BranchManifest.load(joint / "branches" / "0" / "branch.json")
@@ -272,6 +272,14 @@ def _pull_back(run: Run, arm: Arm, seed: int, out: Path) -> tuple[MergeManifest,
     return merge_checkpoints("interpolate", run.base, [joint / "branches" / "0" / "model"], [1.0], out,
                              dtype=section.dtype, max_shard_size=section.max_shard_size, parameters={"alpha": alpha},
                              made_from=made_from), alpha
+
+
+def displacement_of(manifest: MergeManifest) -> float:
+    """Every merge of a run measures it; one made by `anabranch merge` in its place does not."""
+    if manifest.displacement is None:
+        raise ProvenanceError("the merged model of an arm was not made by this comparison: its manifest.json has no "
+                              "`displacement`. Remove that folder and run the same command again.")
+    return manifest.displacement
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

@@ -45,8 +45,8 @@ from anabranch.artifacts import (
 )
 from anabranch.branches import branch_inputs, check_branch, check_train_section, train_branch
 from anabranch.engine.checkpoint import checkpoint_hash
-from anabranch.engine.plan import parse_size
 from anabranch.engine.merging import merge_checkpoints
+from anabranch.engine.plan import parse_size
 from anabranch.errors import CorruptedError, PlanError, ProvenanceError, RecipeError
 from anabranch.evaluate import evaluate_model, evaluation_inputs
 from anabranch.gradients import load_halves, measure_gradients
@@ -421,7 +421,7 @@ def merge_stage(run: Run) -> MergeManifest:
     plan, _ = load_plan(run.folder / "plan.json", run.mixture)
     manifest = merge_branches(run, plan, [run.branch(g.group) for g in plan.groups], run.folder / "merged")
     mean = sum(w * d for w, d in zip(manifest.weights, manifest.branch_displacements, strict=True))
-    run.tell(f"merge: {manifest.parameters:,} parameters, {manifest.displacement:.2f} from the base (the branches "
+    run.tell(f"merge: {manifest.parameters:,} parameters, {manifest.displacement or 0.0:.2f} from the base (the branches "
              f"{mean:.2f} on average) -> {run.folder / 'merged'}")
     return manifest
 
@@ -446,7 +446,7 @@ def evaluate_stage(run: Run) -> list[Evaluation]:
             manifest = BranchManifest.load(run.branch(group.group) / "branch.json")
             models.append((f"branch-{group.group}", run.branch(group.group) / "model", digest(manifest.files)))
     merged = MergeManifest.load(run.folder / "merged" / "manifest.json")
-    models.append(("merged", run.folder / "merged", digest(merged.files)))
+    models.append(("merged", run.folder / "merged", merged.model_hash))
     results = []
     for label, folder, weights_hash in models:
         results.append(evaluate_folder(run, mixture, folder, label, weights_hash, out / f"{label}.json"))

@@ -21,17 +21,19 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import save_file
-from tiny_checkpoints import WORDS, tensors_of, write_adapter, write_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from anabranch.engine import merging
 from anabranch.engine.merging import merge_config, verify
 from anabranch.errors import AnabranchError
+from tiny_checkpoints import WORDS, tensors_of, write_adapter, write_checkpoint
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 EMBEDDING = "model.embed_tokens.weight"
 BF16 = torch.bfloat16
+PACKAGE = str(Path(merging.__file__).parents[2])
 
 
 @pytest.fixture
@@ -383,7 +385,7 @@ def test_a_union_has_one_order(models):
     found = []
     for seed in ("1", "2"):
         done = subprocess.run([sys.executable, "-m", "anabranch", "merge", "config.yaml", f"out-{seed}", "-q"], text=True,
-                              capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed})
+                              capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": PACKAGE})
         assert done.returncode == 0, done.stderr
         found.append({p.name: p.read_bytes() for p in sorted((models / f"out-{seed}").iterdir())})
     assert found[0] == found[1]

@@ -10,16 +10,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from merge_jobs import Jobs, files_of, tensors_of, write_checkpoint
 
-from anabranch.engine import merging, stream
+from anabranch.engine import checkpoint, merging, stream
+from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.merging import merge_config, verify, verify_files
 from anabranch.engine.output import JOURNAL, MANIFEST
 from anabranch.engine.prepare import Options
@@ -28,6 +32,7 @@ from anabranch.errors import AnabranchError, CorruptedError, OutputError, Recipe
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False, "vocab_size": 1000}
 MODELS = ("base", "a", "b", "c")
+COMMAND = os.environ | {"PYTHONPATH": str(Path(merging.__file__).parents[2])}  # run from another folder
 
 
 def tensors_for(seed: int, layers: int, hidden: int, rows: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -180,9 +185,9 @@ def test_asked_to_stop(signal_, code, large, tmp_path):
     command = [sys.executable, "-m", "anabranch", "merge", str(config), "out", "--threads", "2"]
     stopped = 0
     for moment in ("partial", 1.0):
-        running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(command, cwd=tmp_path, env=COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         until = time.monotonic() + (20 if moment == "partial" else moment)
-        while time.monotonic() < until and not (moment == "partial" and (tmp_path / "out.partial" / JOURNAL).exists()):
+        while time.monotonic() < until and running.poll() is None and not (moment == "partial" and (tmp_path / "out.partial" / JOURNAL).exists()):
             time.sleep(0.005)
         running.send_signal(signal_)
         _, err = running.communicate(timeout=60)
@@ -194,7 +199,7 @@ def test_asked_to_stop(signal_, code, large, tmp_path):
         assert "same command goes on" in err
         assert not (tmp_path / "out").exists()
     assert stopped
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=COMMAND, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert verify_files(tmp_path / "out") == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "out"]
@@ -558,6 +563,35 @@ def test_files_that_may_not_grow(small, jobs):
 
 
 # --- at the same time ---
+
+
+def test_workers_that_open_one_file_at_once(small, monkeypatch):
+    """Each reads its own tensor right: none is left with the number of a file that another has closed."""
+    opened = Checkpoint.open(small / "a")
+    wanted, read = tensors_of(small / "a"), os.preadv
+
+    def slowly(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            made = function(*arguments, **more)
+            time.sleep(0.03)
+            return made
+        return call
+
+    monkeypatch.setattr(checkpoint, "open", slowly(open), raising=False)
+    monkeypatch.setattr(os, "preadv", lambda *arguments: (time.sleep(0.1), read(*arguments))[1])
+    found: dict[str, bool] = {}
+
+    def work(name: str) -> None:
+        into = np.empty(wanted[name].shape, np.float32)
+        opened.read_bytes(name, 0, into)
+        found[name] = bool((into == wanted[name].numpy()).all())
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(wanted, True)
 
 
 def test_two_at_once(large, tmp_path, jobs):

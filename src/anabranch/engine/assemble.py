@@ -320,7 +320,8 @@ def _unlike(one: Layout, other: Layout) -> str | None:
     if 2 * len(mine & theirs) >= min(len(mine), len(theirs)):
         return None
     for longer, shorter in ((mine, theirs), (theirs, mine)):
-        for prefix in {name[: -len(ending)] for ending in sorted(shorter)[:1] for name in longer if name.endswith(f".{ending}")}:
+        ending = min(shorter, default="")
+        for prefix in {name[: -len(ending)] for name in longer if ending and name.endswith(f".{ending}")}:
             if 2 * sum(prefix + name in longer for name in shorter) >= len(shorter):
                 return (f": they differ by the prefix `{prefix}`. One was saved with its head and one without, or by another "
                         "library. Load one with the class of the other (the `architectures` of its config.json) and save it.")

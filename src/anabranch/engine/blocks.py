@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from anabranch.merge.stack import CHUNK, Block
 MERGED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # What the fused kernels read, as numpy spells it.
-STORED = {"F32": np.dtype(np.float32), "BF16": np.dtype(np.uint16)}
+STORED: dict[str | None, np.dtype] = {"F32": np.dtype(np.float32), "BF16": np.dtype(np.uint16)}
 
 
 class Buffers:
@@ -153,20 +153,20 @@ class TensorStack:
     def fusible(self) -> bool:
         """Whether all inputs stand in their files as numbers of one dtype that the fused kernels know."""
         readers = [*self.branches, *([self.base] if self.base is not None else [])]
-        return (self.fused and self.device == "cpu" and self.kind == "entry"
-                and all(isinstance(reader, PlainReader) for reader in readers)
-                and len({reader.dtype for reader in readers}) == 1 and readers[0].dtype in STORED)
+        dtypes = {reader.dtype if isinstance(reader, PlainReader) else None for reader in readers}
+        return self.fused and self.device == "cpu" and self.kind != "tensor" and len(dtypes) == 1 and dtypes <= STORED.keys()
 
     def stored(self, start: int, stop: int, only: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(branches [k, n], or `only` some of them, base [n] or [0]) as they stand in the files: uint16 for bfloat16, or
         float32."""
-        readers = self.branches if only is None else [self.branches[i] for i in only]
+        chosen = self.branches if only is None else [self.branches[i] for i in only]
+        readers = [reader for reader in chosen if isinstance(reader, PlainReader)]
         n, dtype = stop - start, STORED[readers[0].dtype]
         x = self.buffers.take("stored", len(readers) * n * dtype.itemsize, torch.uint8).numpy().view(dtype).reshape(-1, n)
         for row, reader in zip(x, readers, strict=True):
             reader.read_bytes(start, row)
         base = np.empty(0, dtype)
-        if self.base is not None:
+        if isinstance(self.base, PlainReader):
             base = self.buffers.take("stored-base", n * dtype.itemsize, torch.uint8).numpy().view(dtype)
             self.base.read_bytes(start, base)
         return x, base
@@ -303,7 +303,8 @@ class Uniform:
             low, high = index.astype(np.uint32), (index >> np.uint64(32)).astype(np.uint32)
             for row, (one, other) in enumerate(self.keys):
                 mixed = _lowbias32(_lowbias32(low ^ one) ^ other ^ (high * np.uint32(0x9E3779B9)))
-                np.multiply(mixed >> np.uint32(8), np.float32(2.0**-24), out=out[row, first - start : first - start + len(index)])
+                place = out[row, first - start : first - start + len(index)]
+                np.multiply(mixed >> np.uint32(8), np.float32(2.0**-24), out=place)
 
 
 def _lowbias32(x: np.ndarray) -> np.ndarray:

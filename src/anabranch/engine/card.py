@@ -19,8 +19,8 @@ def model_card(config: MergeConfig, text: str) -> str:
     fence = "`" * max(3, _longest_run(text) + 1)
     return "\n".join([
         "---", head + "---", "", f"# {_title(config)}", "",
-        f"A merge of {len(models)} model{'s' if len(models) != 1 else ''} by `{config.method}`, made with Anabranch. Computed in "
-        "float32 and rounded once; `manifest.json` holds a hash of every tensor and of every input.", "",
+        f"A merge of {len(models)} model{'s' if len(models) != 1 else ''} by `{config.method}`, made with Anabranch. Computed "
+        "in float32 and rounded once; `manifest.json` holds a hash of every tensor and of every input.", "",
         "## Models", "", *models, "", "## Config", "", f"{fence}yaml", text.rstrip("\n"), fence, ""])
 
 

@@ -114,9 +114,10 @@ class Checkpoint:
         Raises CorruptedError if they cannot be read.
         """
         info = self.tensors[name]
-        if info.file not in self._descriptors:
-            self._descriptors[info.file] = open(self.folder / info.file, "rb", buffering=0)  # noqa: SIM115 - kept open
-        handle, at, left = self._descriptors[info.file].fileno(), info.offset + start, into.view(np.uint8).data
+        file = self._descriptors.get(info.file)
+        if file is None:  # another thread may be here too; one file stays, the other is closed before anybody reads it
+            file = self._descriptors.setdefault(info.file, open(self.folder / info.file, "rb", buffering=0))  # noqa: SIM115
+        handle, at, left = file.fileno(), info.offset + start, into.view(np.uint8).data
         while left:
             try:
                 got = os.preadv(handle, [left], at)
@@ -126,6 +127,11 @@ class Checkpoint:
                 raise CorruptedError(f"{self.folder / info.file}: ends within tensor '{name}'; it was cut while it was read. "
                                      "Fetch or make this checkpoint again.")
             left, at = left[got:], at + got
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.size for info in self.tensors.values())
 
     @property
     def stem(self) -> str:
@@ -178,8 +184,8 @@ def weight_files(folder: Path, *, config_needed: bool = True) -> list[Path]:
     shards = sorted(set(_weight_map(index_file).values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
-        raise CorruptedError.of(f"model folder {folder}: {index_file.name} names {len(shards)} shards and {len(missing)} of them "
-                                "are not there. Fetch these files again:", missing)
+        raise CorruptedError.of(f"model folder {folder}: {index_file.name} names {len(shards)} shards and {len(missing)} of "
+                                "them are not there. Fetch these files again:", missing)
     return [folder / shard for shard in shards]
 
 
@@ -253,6 +259,7 @@ def _no_weights(folder: Path) -> str:
         return message + (" This is a LoRA adapter, not a model: apply it to its base first "
                           "(peft: `model.merge_and_unload().save_pretrained(folder)`).")
     if any(name.endswith(PICKLES) for name in names):
-        return message + (" Pickle files are refused, since loading one can run any program. Convert them once, where "
-                          "you trust them: `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)`.")
+        return message + (" Pickle files are refused, since loading one can run any program. Where you trust them, "
+                          "`anabranch merge --allow-pickle` reads them (tensors only), or convert them once: "
+                          "`AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)`.")
     return message + " Give the folder of a model saved with `save_pretrained`."

@@ -23,7 +23,7 @@ ENTRIES = 1 << 18
 # What a method keeps beside its inputs, in float32 numbers per entry: so many for each branch, and so many more.
 TEMPORARIES = {"entry": (4, 6), "row": (6, 8), "tensor": (8, 10)}
 # Interpreter and libraries, where the system does not tell; and what allocators keep without need.
-UNKNOWN, SLACK = 300 * 10**6, 24 * 10**6
+UNKNOWN, SLACK = 300 * 10**6, 48 * 10**6
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ def plan_memory(steps: Sequence[Step], memory: int, threads: int) -> MemoryPlan:
         held = min(step.wanted.numel, block_entries(step.wanted.shape, kind, entries))
         needs[step.name] = held * _bytes_per_entry(step, kind)
     tight = [step for step in steps if needs[step.name] > room]
+    if not room:
+        raise RecipeError(f"--memory {memory / 1e6:,.0f}MB is too little: the program itself takes {taken / 1e6:,.0f} MB. Give "
+                          f"--memory {(taken + max(needs.values(), default=0)) / 1e6 + 1:,.0f}MB or more.")
     if tight:
         lines = [f"tensor '{s.name}' {s.wanted.shape}: {s.wanted.method or 'a copy'} needs {needs[s.name] / 1e6:,.0f} MB"
                  for s in tight[:20]]

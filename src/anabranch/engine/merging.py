@@ -33,6 +33,7 @@ from anabranch.engine.wanted import COPY, Input, Source, Wanted
 from anabranch.errors import AnabranchError, CorruptedError, OutputError, RecipeError, closest
 from anabranch.surgery.side_files import carry_tokenizer
 
+
 def merge_checkpoints(
     method: str,
     base: Path,
@@ -199,7 +200,7 @@ def forecast(
         return _forecast(prepared, settings or Settings(), out) + there
 
 
-def verify(folder: Path | str, *, files_only: bool = False, settings: Settings | None = None,
+def verify(folder: Path | str, *, files_only: bool = False, allow_pickle: bool = False, settings: Settings | None = None,
            progress: Callable[[Progress], None] | None = None) -> list[str]:
     """`anabranch verify OUT`: what is wrong with a merged folder; nothing, if the list is empty.
 
@@ -214,7 +215,7 @@ def verify(folder: Path | str, *, files_only: bool = False, settings: Settings |
     manifest = MergeManifest.load(folder / MANIFEST)
     if manifest.config is None:
         return []
-    with converting(Options(seed=manifest.seed, allow_mixed=True), folder) as options:
+    with converting(options_for(manifest.seed, allow_mixed=True, allow_pickle=allow_pickle), folder) as options:
         merge = prepare(parsed(None, manifest.config, True), manifest.config, options).merge
         done = stream(merge, None, replace(settings or Settings(), allow_nonfinite=True), progress)
     return _changed_inputs(merge, manifest, done) + [
@@ -277,25 +278,21 @@ def _forecast(prepared: Prepared, settings: Settings, out: Path) -> list[str]:
     methods: dict[str, int] = {}
     for step in plan.steps:
         methods[step.wanted.method or "copied"] = methods.get(step.wanted.method or "copied", 0) + 1
-    read = {source: merge.opened[source.input].tensors[source.name].size for step in plan.steps for source in step.wanted.sources}
+    used = {source for step in plan.steps for source in step.wanted.sources}
+    read = sum(merge.opened[source.input].tensors[source.name].size for source in used)
     folder = OutputFolder(out, plan, prepared.files)
     free = shutil.disk_usage(existing_parent(out)).free
     counts = ", ".join(f"{count} {name}" for name, count in sorted(methods.items()))
     return [
-        *(f"input: {one.label} ({len(checkpoint.tensors)} tensors, {sum(t.size for t in checkpoint.tensors.values()) / 1e6:,.1f} MB)"
+        *(f"input: {one.label} ({len(checkpoint.tensors)} tensors, {checkpoint.size / 1e6:,.1f} MB)"
           for one, checkpoint in zip(merge.inputs, merge.opened, strict=True)),
         f"tensors: {len(plan.steps)} ({counts}), {plan.parameters:,} parameters, {prepared.dtype}",
-        f"reads: {sum(read.values()) / 1e6:,.1f} MB" + _passes(plan.steps),
+        f"reads: {read / 1e6:,.1f} MB, some of it again where a method needs sums or ranks over a whole tensor",
         f"writes: {folder.size / 1e6:,.1f} MB in {len(plan.shards)} weight file{'s' if len(plan.shards) != 1 else ''} and "
         f"{len(prepared.files)} others; {free / 1e6:,.0f} MB are free in {existing_parent(out)}",
         f"memory: at most {memory.peak / 1e6:,.0f} MB of {settings.memory / 1e6:,.0f} MB allowed, {settings.threads} "
         f"thread{'s' if settings.threads != 1 else ''} on {settings.device}",
         *([] if folder.size <= free else [f"problem: the disk has {folder.size - free:,} bytes too little"])]
-
-
-def _passes(steps: Sequence[Step]) -> str:
-    several = sum(1 for s in steps if s.merged and maths.method_named(s.wanted.method).streamed is not None)
-    return f" (of {several} tensors some more than once, for sums and ranks over a whole tensor)" if several else ""
 
 
 def write(merge: Merge, folder: OutputFolder, settings: Settings, recorded: Mapping[str, Any],
@@ -438,7 +435,8 @@ def already_there(out: Path, wanted: Mapping[str, Any]) -> MergeManifest | None:
         manifest = MergeManifest.load(out / MANIFEST)
     except CorruptedError as error:
         raise OutputError(f"{out} is already there, and no readable {MANIFEST} says what it is. {remedy}") from error
-    differing = [f"{key}: {getattr(manifest, key)!r} there, {value!r} wanted now"
+    differing = ["it was made from another config (mergekit_config.yml in it)" if key == "config" else
+                 f"{key}: {getattr(manifest, key)!r} there, {value!r} wanted now"
                  for key, value in wanted.items() if getattr(manifest, key) != value]
     if problems := differing or verify_files(out):
         raise OutputError.of(f"{out} already holds another or a damaged merge. {remedy}", problems)

@@ -71,10 +71,13 @@ def prepare(config: MergeConfig, text: str, options: Options) -> Prepared:
     assembly = assemble(config, opened[:count], layouts, rows=tokens.size if tokens else None, allow_mixed=options.allow_mixed)
     warnings += [*assembly.warnings, *(tokens.warnings if tokens else [])]
     readers = _readers(assembly.wanted, opened, adapters, tokens)
-    merge = Merge(inputs[:count], tuple(opened[:count]), lay_out(assembly.wanted, options.max_shard_size, opened[donor].stem), options.seed, readers,
+    plan = lay_out(assembly.wanted, options.max_shard_size, opened[donor].stem)
+    merge = Merge(inputs[:count], tuple(opened[:count]), plan, options.seed, readers,
                   {i: Checkpoint.of_file(path) for i, path in assembly.fisher.items()})
+    warnings += _turned_rows(config, assembly.wanted, tokens)
     if tokens is None:
-        warnings += tokenizers.tokenizer_differences([c.folder for c in opened[:count]], [i.label for i in inputs[:count]], donor)
+        warnings += tokenizers.tokenizer_differences([c.folder for c in opened[:count]], [i.label for i in inputs[:count]],
+                                                     donor)
         files = side_files.carry_tokenizer(opened[donor].folder, template.text if template else None)
         if template is not None:
             warnings += chat_templates.template_warnings(template.text, opened[donor].folder, inputs[donor].label)
@@ -183,7 +186,8 @@ class AdapterReader:
 class RowReader:
     """An embedding whose rows are put in the order of the merged tokenizer."""
 
-    def __init__(self, row_map: tokenizers.RowMap, read: Callable[[int, np.ndarray], Tensor], row_shape: tuple[int, ...]) -> None:
+    def __init__(self, row_map: tokenizers.RowMap, read: Callable[[int, np.ndarray], Tensor],
+                 row_shape: tuple[int, ...]) -> None:
         self.row_map, self.read_rows, self.width = row_map, read, prod(row_shape)
         self._padding: Tensor | None = None
 
@@ -240,12 +244,26 @@ def _rows(opened: Sequence[Checkpoint], adapters: Mapping[int, Adapter], names: 
     return opened[number].read(name)[torch.from_numpy(indices)].float()
 
 
+def _turned_rows(config: MergeConfig, wanted: Sequence[Wanted], tokens: tokenizers.TokenizerPlan | None) -> list[str]:
+    """Methods that find one angle for a whole matrix scale also those rows that all inputs have from the same place."""
+    if tokens is None or config.method not in ("slerp", "nuslerp", "multislerp", "karcher"):
+        return []
+    several = any(w.embedding and len({source.input for source in w.sources}) > 1 for w in wanted)
+    count = int(tokens.owned.sum())
+    if not (several and count):
+        return []
+    return [f"tokenizer: {count:,} rows of the embeddings come from one model alone, so all inputs of {config.method} hold the "
+            "same numbers there. It turns the matrix as a whole, by one angle, and scales these rows too. `linear` or "
+            "`task_arithmetic` leave them as they are (merge the embeddings with one of them, or `source: base`)."]
+
+
 # --- files beside the weights ---
 
 
 def _config_json(config: MergeConfig, donor: Checkpoint, layout: Layout, assembly: Assembly,
                  tokens: tokenizers.TokenizerPlan | None, dtype: str) -> tuple[dict[str, Any], list[str]]:
-    made, warnings = dict(donor.config), []
+    made = dict(donor.config)
+    warnings: list[str] = []
     if assembly.layers:
         made, warnings = cut_config(made, layout, assembly.layers)
     if tokens is not None:

@@ -214,7 +214,8 @@ def weight_sums(method: str, normalize: bool, weights: Sequence[float]) -> tuple
         return f"the weights sum to {total:g}, wanted more than 0", None
     if method == "nuslerp" and abs(total) < 1e-6:
         return None, "the two weights sum to 0, and are taken as equal (t = 0.5)"
-    if normalize and method in TASK_ARITHMETIC and abs(total) < 1e-8:
+    elects = method.endswith("ties") or method in ("della", "ties_global")  # those divide entry by entry
+    if normalize and method in TASK_ARITHMETIC and not elects and abs(total) < 1e-8:
         return None, "the weights sum to 0, and `normalize` divides by 1 instead"
     if normalize and min(weights, default=0) < 0:
         return None, ("a negative weight together with `normalize`: where the weights that are summed nearly cancel, the "

@@ -32,7 +32,6 @@ from anabranch.errors import AnabranchError, CorruptedError, RecipeError
 from anabranch.merge.select import largest, magnitudes
 from anabranch.merge.stack import CHUNK, Block, Blockwise, ModelStack
 
-
 # Bytes of a result from which on the fused kernels are worth half a second for loading them.
 FUSED_FROM = 100 * 10**6
 

@@ -177,7 +177,10 @@ def _argument(parameter: Parameter, value: Any, k: int | None) -> Argument:
     if parameter.per_branch and isinstance(value, (list, tuple)):
         if k is not None and len(value) != k:
             raise ValueError(f"got {len(value)} numbers for {k} branches, wanted one number or one for each")
-        return tuple(float(_argument(replace(parameter, per_branch=False), v, k)) for v in value)  # type: ignore[arg-type]
+        several: Sequence[Any] = value
+        if not all(type(v) in (int, float) for v in several):
+            raise ValueError(f"got {value!r}, wanted numbers")
+        return tuple(float(v) for v in several)
     if type(value) is parameter.type or (parameter.type is float and type(value) is int):
         return parameter.type(value)
     raise ValueError(f"got {value!r}, wanted {parameter.type.__name__}"

@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from anabranch.merge import Argument, BlockKind, merge_method, streams
 from anabranch.merge.combination import Combination
 from anabranch.merge.consensus import agreeing
+from anabranch.merge.rank_passes import changed_entries, fusible, importance_quantiles, selected_energies, variance_cut
 from anabranch.merge.select import Cut, above, largest
 from anabranch.merge.spherical import dots
 from anabranch.merge.stack import Block, Blockwise, Stack, Total, WholeStack, gram
@@ -151,6 +153,10 @@ def sce(
 def sce_streamed(stack: Stack, *, select_topk: float = 1.0, floor: float = 0.0) -> Blockwise:
     if not select_topk >= 0:
         raise ValueError(f"select_topk: got {select_topk}, wanted a share in [0, 1]")
+    if fusible(stack):
+        found = variance_cut(stack, select_topk) if select_topk < 1 else (None, 0, 0)
+        if found is not None:
+            return _elected(stack, *selected_energies(stack, *found), floor)
     cut = None
     if select_topk < 1:
         varying = sum(int((_variance(block) > 0).sum()) for block in stack)
@@ -159,7 +165,12 @@ def sce_streamed(stack: Stack, *, select_topk: float = 1.0, floor: float = 0.0) 
     total = Total()
     for block in stack:
         total.add(torch.stack(unweighted.steps(block)).square_().flatten(1))
-    energies = torch.as_tensor(total.value, dtype=torch.float64).expand(stack.k).div(max(stack.numel, 1)).tolist()
+    return _elected(stack, torch.as_tensor(total.value, dtype=torch.float64).expand(stack.k), cut, floor)
+
+
+def _elected(stack: Stack, sums: Float[Tensor, " k"], cut: Cut | None, floor: float) -> Elected:
+    """The weights of sce, from the sum of squares that each branch has where it is selected."""
+    energies = sums.div(max(stack.numel, 1)).tolist()
     whole = math.fsum(energies)
     if whole < floor or whole == 0:
         return Elected(cut, (1.0 / stack.k,) * stack.k)
@@ -186,6 +197,16 @@ class Elected:
 
     cut: Cut | None
     weights: tuple[float, ...]
+
+    def fused(self, start: int, x: np.ndarray, base: np.ndarray, out: np.ndarray) -> bool:
+        """The same on numbers as they are stored (see rank_kernels), rounded into `out`; False where one is not finite."""
+        from anabranch.merge import rank_kernels
+
+        if not all(map(math.isfinite, self.weights)):
+            return False
+        cut = self.cut or Cut(-math.inf)
+        return rank_kernels.elect_selected(x, base, self.cut is not None, np.float32(cut.value), cut.last - start,
+                                           np.array(self.weights, np.float32), out)
 
     def steps(self, block: Block) -> list[Tensor]:
         assert block.base is not None
@@ -276,6 +297,14 @@ def ramplus_tl_streamed(stack: Stack, *, r: float = 0.1, alpha: float = 0.2, eps
         raise ValueError(f"r: got {r}, wanted a finite number")
     _not_negative("alpha", alpha)
     _not_negative("epsilon", epsilon)
+    counts = changed_entries(stack, epsilon)
+    shared, own = counts if counts is not None else _changed_entries(stack, epsilon)
+    ratios = [s / max(o, epsilon) if max(o, epsilon) > 0 else math.inf if s else 0.0 for s, o in zip(shared, own, strict=True)]
+    return Shared(epsilon, tuple(1 + r * min(max(p, 0.0), alpha) for p in ratios))
+
+
+def _changed_entries(stack: Stack, epsilon: float) -> tuple[list[int], list[int]]:
+    """For each branch how many entries it changed together with others, and alone."""
     shared, own = [0] * stack.k, [0] * stack.k
     for block in stack:
         assert block.base is not None
@@ -285,8 +314,7 @@ def ramplus_tl_streamed(stack: Stack, *, r: float = 0.1, alpha: float = 0.2, eps
             together = int((mask & several).sum())
             shared[i] += together
             own[i] += int(mask.sum()) - together
-    ratios = [s / max(o, epsilon) if max(o, epsilon) > 0 else math.inf if s else 0.0 for s, o in zip(shared, own, strict=True)]
-    return Shared(epsilon, tuple(1 + r * min(max(p, 0.0), alpha) for p in ratios))
+    return shared, own
 
 
 @dataclass(frozen=True)
@@ -295,6 +323,12 @@ class Shared:
 
     epsilon: float
     own: tuple[float, ...]
+
+    def fused(self, start: int, x: np.ndarray, base: np.ndarray, out: np.ndarray) -> bool:
+        """The same on numbers as they are stored (see rank_kernels), rounded into `out`; False where one is not finite."""
+        from anabranch.merge import rank_kernels
+
+        return rank_kernels.share(x, base, np.float32(self.epsilon), np.array(self.own, np.float32), out)
 
     def __call__(self, block: Block) -> Float[Tensor, "*n"]:
         assert block.base is not None
@@ -395,9 +429,11 @@ def arcee_fusion_streamed(stack: Stack) -> Blockwise:
     n = stack.numel
     if n == 0:
         return Important(0.0)
-    low, median, high = _order_statistics(stack, [(n - 1) // 4, (n - 1) // 2, 3 * (n - 1) // 4])
+    places = [(n - 1) // 4, (n - 1) // 2, 3 * (n - 1) // 4]
+    quick = importance_quantiles(stack, places, _divergence)
+    low, median, high = map(torch.tensor, quick[0] if quick is not None else _order_statistics(stack, places))
     # float32, as the importances are: 1.5 (high - low) in float64 could miss an entry that equals the threshold.
-    return Important(float(torch.tensor(median) + ARCEE_REACH * (torch.tensor(high) - torch.tensor(low))))
+    return Important(float(median + ARCEE_REACH * (high - low)), quick[1] if quick is not None else None, stack.shape[-1:])
 
 
 def _order_statistics(stack: Stack, places: list[int]) -> list[float]:
@@ -418,20 +454,39 @@ def _order_statistics(stack: Stack, places: list[int]) -> list[float]:
             for place, u, d in zip(places, up, down, strict=True)]
 
 
+def _divergence(block: Block) -> Float[Tensor, "*n 1"]:
+    """KL of every row."""
+    assert block.base is not None
+    p = torch.softmax(block.branches[0], -1).add_(ARCEE_PROBABILITY)
+    q = torch.softmax(block.base, -1).add_(ARCEE_PROBABILITY)
+    return torch.div(p, q, out=q).log_().mul_(p).sum(-1, keepdim=True)
+
+
 def _importance(block: Block) -> Float[Tensor, "*n"]:
     assert block.base is not None
-    branch = block.branches[0]
-    p = torch.softmax(branch, -1).add_(ARCEE_PROBABILITY)
-    q = torch.softmax(block.base, -1).add_(ARCEE_PROBABILITY)
-    divergence = p.mul(p.div(q).log_()).sum(-1, keepdim=True)
-    return (branch - block.base).abs_().mul_(divergence)
+    return (block.branches[0] - block.base).abs_().mul_(_divergence(block))
 
 
 @dataclass(frozen=True)
 class Important:
-    """arcee_fusion of a block, with its threshold known."""
+    """arcee_fusion of a block, with its threshold known; and perhaps the divergences of all rows, of `columns` entries."""
 
     threshold: float
+    divergences: np.ndarray | None = None
+    columns: tuple[int, ...] = ()
+
+    @property
+    def fused(self) -> Callable[..., bool] | None:
+        """The same on numbers as they are stored (see rank_kernels): (start, x, base, out) -> whether all are finite."""
+        return None if self.divergences is None else self._fused
+
+    def _fused(self, start: int, x: np.ndarray, base: np.ndarray, out: np.ndarray) -> bool:
+        from anabranch.merge import rank_kernels
+
+        assert self.divergences is not None
+        (columns,) = self.columns
+        rows = self.divergences[start // columns : start // columns + x.shape[1] // columns]
+        return rank_kernels.take_important(x[0], base, rows, np.float32(self.threshold), out)
 
     def __call__(self, block: Block) -> Float[Tensor, "*n"]:
         assert block.base is not None

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch  # noqa: F401 - the examples use it
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +18,7 @@ from anabranch.merge import PerBranch, merge_method, one_each, streams
 from anabranch.merge.averaging import finite
 from anabranch.merge.consensus import Consensus
 from anabranch.merge.sparsify import Dropped, densities, factors_of, l1_factors
-from anabranch.merge.stack import Stack, WholeStack
+from anabranch.merge.stack import RUN, Stack, WholeStack
 
 
 @merge_method("dare_linear", needs_base=True, reference="arXiv:2311.03099, sec. 3.2, eq. (1)-(3)")
@@ -244,10 +246,28 @@ def _merge(weights: Tensor, consensus: bool, normalize: bool, scale: float) -> C
 
 def _scaled(stack: Stack, dropped: Dropped, rescale: str) -> Dropped:
     if rescale == "l1" and any(rho < 1 for rho in dropped.densities):
-        quick = getattr(stack, "l1_sums", None) if dropped.half_width is None else None
-        sums = quick(dropped.densities) if quick is not None else None
+        quick = getattr(stack, "l1_sums", None)
+        if dropped.half_width is not None:
+            sums = ranked_sums(stack, dropped)
+        else:
+            sums = quick(dropped.densities) if quick is not None else None
         return replace(dropped, factors=l1_factors(stack, dropped.kept) if sums is None else factors_of(*sums))
     return replace(dropped, each=rescale.startswith("inverse"))
+
+
+def ranked_sums(stack: Any, dropped: Dropped) -> tuple[list[float], list[float]] | None:
+    """For each branch the sum of |d_i| and that of its survivors, as `Total` adds them; None where the fused kernels cannot."""
+    if not getattr(stack, "fusible", False):
+        return None
+    from anabranch.merge import rank_kernels
+
+    chances = dropped.chances()
+    sums, runs = np.zeros((2, stack.k)), np.zeros((2, stack.k, RUN), np.float32)
+    for start, stop in stack.ranges():
+        if not rank_kernels.ranked_l1_sums(*stack.stored(start, stop), stack.draw.keys, chances, start, sums, runs):
+            return None
+    sums += rank_kernels.ended(runs)
+    return sums[0].tolist(), sums[1].tolist()
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -87,6 +87,9 @@ def _insert(ranked):
 def _chances(bits, p, buckets, starts, ranked, chance):
     """chance[j] = p[rank of bits[j]], as `sparsify.rank_probabilities` ranks. False where a magnitude is not finite."""
     n = bits.size
+    if p[0] == p[n - 1]:
+        chance[:] = p[0]
+        return True
     if not _rank(bits, buckets, starts, ranked):
         return False
     for r in range(n):
@@ -195,6 +198,16 @@ def ranked_l1_sums(x, base, keys, p, first, sums, runs):
 
 
 @njit(**FLAGS)
+def ended(runs):
+    """What the runs [2, k, TILE] that were open at a tensor's end add to its sums."""
+    sums = np.empty(runs.shape[:2])
+    for part in range(runs.shape[0]):
+        for i in range(runs.shape[1]):
+            sums[part, i] = _halved(runs[part, i])
+    return sums
+
+
+@njit(**FLAGS)
 def _variance(x, start, count, wide, variance):
     """`importance._variance` of entries start .. start + count; wide [k, TILE] is left as x_i - x_1."""
     k, parts = x.shape[0], np.float32(x.shape[0])
@@ -264,69 +277,55 @@ def count_variances(x, low, table):
 
 
 @njit(**FLAGS)
-def _selected(x, base, start, count, ranked, cut, left, wide, variance, tile, steps):
-    """steps[i] = x_i - x_0 where the variance is above the cut or, for the first `left` of those, equal to it; 0 elsewhere.
-
-    Returns (what is left of `left`, place of the last that was taken of these or -1)."""
-    k, none, last = x.shape[0], np.float32(0), -1
+def _steps(x, base, start, count, ranked, cut, last, variance, tile, steps):
+    """steps[i] = x_i - x_0 where the variance is above the cut or, up to place `last`, equal to it; 0 elsewhere."""
+    none = np.float32(0)
     _widen(base[start : start + count], tile)
-    for i in range(k):
+    for i in range(x.shape[0]):
         _widen(x[i, start : start + count], steps[i])
         step = steps[i]
-        for j in range(count):
-            step[j] = step[j] - tile[j]
-    if not ranked:
-        return left, last
-    _variance(x, start, count, wide, variance)
-    equal = 0
-    for j in range(count):
-        equal += variance[j] == cut
-    if equal <= left:
-        left -= equal
-        for i in range(k):
-            step = steps[i]
+        if not ranked:
             for j in range(count):
-                step[j] = step[j] if variance[j] >= cut else none
-        if equal and left == 0:
+                step[j] = step[j] - tile[j]
+        else:
             for j in range(count):
-                last = j if variance[j] == cut else last
-        return left, last
-    for j in range(count):
-        if variance[j] == cut:
-            if left:
-                left, last = left - 1, j
-            else:
-                variance[j] = 0
-    for i in range(k):
-        step = steps[i]
-        for j in range(count):
-            step[j] = step[j] if variance[j] >= cut else none
-    return left, last
+                kept = (variance[j] > cut) | ((variance[j] == cut) & (j <= last))
+                step[j] = step[j] - tile[j] if kept else none
 
 
 @njit(**FLAGS)
 def selected_energies(x, base, ranked, cut, left, sums):
-    """Add to sums[i] the squares of the steps that `_selected` leaves, in the order of `Total`. Returns as it does, the place
-    counted from the first entry."""
+    """Add to sums[i] the squares of x_i - x_0, in the order of `Total`, where the variance is above the cut or, for the first
+    `left` of those, equal to it. Returns (what is then left of `left`, place of the last of these or -1)."""
     k, n = x.shape
     wide, steps = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32)
-    variance, tile, last = np.empty(TILE, np.float32), np.empty(TILE, np.float32), -1
+    variance, tile, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), -1
     for start in range(0, n, TILE):
         count = min(TILE, n - start)
-        left, place = _selected(x, base, start, count, ranked, cut, left, wide, variance, tile, steps)
-        last = start + place if place >= 0 else last
+        last = -1
+        if ranked:
+            _variance(x, start, count, wide, variance)
+            equal = 0
+            for j in range(count):
+                equal += variance[j] == cut
+            if equal and left:
+                for j in range(count):
+                    if left and variance[j] == cut:
+                        last, left = j, left - 1
+                found = start + last
+        _steps(x, base, start, count, ranked, cut, last, variance, tile, steps)
         for i in range(k):
             step = steps[i]
             for j in range(count):
                 step[j] = step[j] * step[j]
             step[count:] = 0
             sums[i] += _halved(step)
-    return left, last
+    return left, found
 
 
 @njit(**FLAGS)
-def elect_selected(x, base, ranked, cut, left, weights, out):
-    """`importance.Elected`; `left`: how many of the entries here whose variance equals the cut are kept."""
+def elect_selected(x, base, ranked, cut, last, weights, out):
+    """`importance.Elected`; last: place in this block up to which entries whose variance equals the cut are kept."""
     k, n = x.shape
     wide, steps = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32)
     variance, tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
@@ -334,7 +333,9 @@ def elect_selected(x, base, ranked, cut, left, weights, out):
     none, least, finite = np.float32(0), np.float32(1e-6), True
     for start in range(0, n, TILE):
         count = min(TILE, n - start)
-        left, _ = _selected(x, base, start, count, ranked, cut, left, wide, variance, tile, steps)
+        if ranked:
+            _variance(x, start, count, wide, variance)
+        _steps(x, base, start, count, ranked, cut, last - start, variance, tile, steps)
         for j in range(count):
             way[j] = steps[0, j]
             total[j] = none
@@ -356,17 +357,10 @@ def elect_selected(x, base, ranked, cut, left, weights, out):
 
 
 @njit(**FLAGS)
-def _ordered(value):
-    """Bits of a float32 as an integer in the order of the numbers, -0 as 0: 2^31 + 2^31 of them."""
-    bits = np.int64(np.float32(value).view(np.uint32))
-    size = bits & 0x7FFFFFFF
-    return 0x80000000 + (size if bits < 0x80000000 else -size)
-
-
-@njit(**FLAGS)
 def count_importances(x, base, divergence, lows, tables, shift):
     """Importance |x_1 - x_0| * divergence of its row, as an integer in the order of the numbers, without its last `shift` bits:
-    add to tables[c, b] the number of entries where that is lows[c] + b. False where one is not finite."""
+    add to tables[c, b] the number of entries where that is lows[c] + b. The integer is 2^31 plus the number's bits without the
+    sign, or 2^31 minus those where it is negative. False where one is not finite."""
     columns, width, top = x.size // divergence.size, np.uint32(tables.shape[1]), np.uint32(0)
     wide, zero = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     bits, small = wide.view(np.uint32), np.uint32(shift)

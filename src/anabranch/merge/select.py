@@ -35,7 +35,7 @@ class Cut:
     last: int = -1
 
 
-def magnitudes(block: Block) -> Float[Tensor, "k *n"]:
+def magnitudes(block: Block) -> Float[Tensor, " k *n"]:
     """|branch - base|."""
     assert block.base is not None
     return (block.branches - block.base).abs_()
@@ -51,7 +51,7 @@ def above(values: Float[Tensor, "*n"], cut: Cut, start: int) -> Bool[Tensor, "*n
 
 
 def largest(
-    stack: Stack, of: Callable[[Block], Float[Tensor, "m *n"]], counts: Sequence[Sequence[int]]
+    stack: Stack, of: Callable[[Block], Float[Tensor, " m *n"]], counts: Sequence[Sequence[int]]
 ) -> list[list[Cut]]:
     """For each of m rows of numbers >= 0 and each count asked of it, the cut that keeps exactly that many of the largest.
 
@@ -104,7 +104,8 @@ def place(counted: Tensor, count: int) -> tuple[int, int]:
     return counted.numel() - 1 - bucket, count - above_it
 
 
-def _exact(stack: Stack, of: Callable[[Block], Tensor], places: list[list[tuple[int, int]]]) -> list[list[tuple[int, int, int]]]:
+def _exact(stack: Stack, of: Callable[[Block], Tensor],
+           places: list[list[tuple[int, int]]]) -> list[list[tuple[int, int, int]]]:
     """For each place (bits of the cut, equal entries to keep, equal entries there are)."""
     tables = {(row, bucket): torch.zeros(LOWER, dtype=torch.int64) for row, p in enumerate(places) for bucket, _ in p}
     for block in stack:

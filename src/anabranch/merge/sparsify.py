@@ -140,7 +140,24 @@ class Dropped:
     @property
     def fused_by_keys(self) -> Callable[..., bool] | None:
         """The same on numbers as they are stored (see kernels): (start, x, base, out, keys of the draws) -> all finite."""
-        return self._fused if self.half_width is None else None
+        return self._fused if self.half_width is None else self._fused_ranks
+
+    def _fused_ranks(self, start: int, x: np.ndarray, base: np.ndarray, out: np.ndarray, keys: np.ndarray) -> bool:
+        from anabranch.merge import rank_kernels
+
+        merge = self.then
+        every = np.array([self.each and 0 < rho < 1 for rho in self.densities])
+        scale = merge.scale if merge.consensus or not merge.normalize else merge.scale / divisor_of(merge.weights)
+        return rank_kernels.consent_ranked(
+            x, base, keys, self.chances(), every, np.array(self.factors, np.float32), np.array(merge.weights, np.float32),
+            merge.consensus, merge.normalize, np.float32(scale), start, out)
+
+    def chances(self) -> np.ndarray:
+        """[k, columns] float32: the chance to be kept of every rank in a row, ascending."""
+        assert self.half_width is not None
+        return np.stack([
+            chances_by_rank(self.columns, rho, e).numpy() if 0 < rho < 1 else np.full(self.columns, rho, np.float32)
+            for rho, e in zip(self.densities, self.half_width, strict=True)])
 
     def _fused(self, start: int, x: np.ndarray, base: np.ndarray, out: np.ndarray, keys: np.ndarray) -> bool:
         from anabranch.merge import kernels
@@ -165,15 +182,19 @@ class Dropped:
         return block.draws[i] < p, p
 
 
+def chances_by_rank(n: int, density: float, half_width: float) -> Float[Tensor, " n"]:
+    """density -+ half_width in n equal steps, float32; of one entry the density itself."""
+    if n < 2:
+        return torch.full((n,), density)
+    return torch.arange(n, dtype=torch.float32).mul_(2 * half_width / (n - 1)).add_(density - half_width)
+
+
 def rank_probabilities(delta: Float[Tensor, "rows n"], density: float, half_width: float) -> Float[Tensor, "rows n"]:
     """Chance of each entry to be kept, linear in the rank of |d| in its row: density -+ half_width, the largest most.
 
     Of equal magnitudes the one that stands first ranks higher. A row of one entry has the density itself.
     """
-    n = delta.shape[-1]
-    if n < 2:
-        return torch.full_like(delta, density)
     # Ascending and stable on the reversed row: of equal entries the first of the row comes last, with the higher rank.
     order = delta.abs().flip(-1).argsort(dim=-1, stable=True)
-    steps = torch.arange(n, dtype=torch.float32, device=delta.device).mul_(2 * half_width / (n - 1)).add_(density - half_width)
+    steps = chances_by_rank(delta.shape[-1], density, half_width).to(delta.device)
     return torch.empty_like(delta).scatter_(-1, order, steps.expand_as(delta)).flip(-1)
