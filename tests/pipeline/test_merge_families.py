@@ -57,7 +57,8 @@ def llava() -> Any:
 def qwen_vl(kind: str) -> Callable[[], Any]:
     def make() -> Any:
         text = DECODER | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
-        vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+        vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+                                  "temporal_patch_size": 2}
         vision |= ({"embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2} if kind == "Qwen2VL" else
                    {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 16, "window_size": 8,
                     "fullatt_block_indexes": [1]})
@@ -478,7 +479,8 @@ def tokenizer_with(extra: list[str], special: list[str]) -> transformers.PreTrai
     words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(20)), *extra]
     tokenizer = Tokenizer(kinds.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+                                                eos_token="</s>")
     fast.add_special_tokens({"additional_special_tokens": special})
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {{ eos_token }} {% endfor %}"
     return fast

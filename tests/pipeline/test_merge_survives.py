@@ -106,8 +106,7 @@ def write_config(folder: Path, config: dict[str, Any], name: str = "config.yaml"
     return folder / name
 
 
-TIES = {"per_model": {"density": 0.4}}
-DARE = {"per_model": {"density": 0.4}}
+TIES: dict[str, Any] = {"per_model": {"density": 0.4}}
 
 
 # --- kills ---
@@ -146,12 +145,13 @@ def test_kill_9_at_random_moments(method, large, tmp_path, jobs):
     assert killed >= 6 and midway >= 2, (killed, midway)
 
 
-def test_kill_9_before_every_call_that_touches_the_disk(small_models, tmp_path, jobs):
+def test_kill_9_before_every_call_that_touches_the_disk(tmp_path_factory, tmp_path, jobs):
     """Each mkdir, write, flush, rename and unlink of a merge in turn is the one that no longer happens."""
-    config = write_config(tmp_path, config_of(small_models, "dare_ties", per_model={"density": 0.5}))
-    command = ("merge", config, "out", "--threads", "1", "--max-shard-size", "300KB", "-q")
+    models = make_family(tmp_path_factory.mktemp("smallest"), layers=1, hidden=16, rows=40)
+    config = write_config(tmp_path, config_of(models, "dare_ties", per_model={"density": 0.5}))
+    command = ("merge", config, "out", "--threads", "1", "--max-shard-size", "6KB", "-q")
     counted = jobs.run(*command, folder=str(tmp_path), crash_at=0)
-    assert counted.code == 0 and counted.calls > 40
+    assert counted.code == 0 and 30 < counted.calls < 80
     wanted = files_of(tmp_path / "out")
     for call in range(1, counted.calls + 1):
         shutil.rmtree(tmp_path / "out")
@@ -185,9 +185,12 @@ def test_asked_to_stop(signal_, code, large, tmp_path):
     command = [sys.executable, "-m", "anabranch", "merge", str(config), "out", "--threads", "2"]
     stopped = 0
     for moment in ("partial", 1.0):
-        running = subprocess.Popen(command, cwd=tmp_path, env=COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running = subprocess.Popen(command, cwd=tmp_path, env=COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True)
         until = time.monotonic() + (20 if moment == "partial" else moment)
-        while time.monotonic() < until and running.poll() is None and not (moment == "partial" and (tmp_path / "out.partial" / JOURNAL).exists()):
+        while time.monotonic() < until and running.poll() is None:
+            if moment == "partial" and (tmp_path / "out.partial" / JOURNAL).exists():
+                break
             time.sleep(0.005)
         running.send_signal(signal_)
         _, err = running.communicate(timeout=60)
@@ -213,7 +216,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dare_ties": {"per_model": {"density": 0.4}}, "della": {"per_model": {"density": 0.4, "epsilon": 0.1}},
     "breadcrumbs": {"per_model": {"density": 0.6, "gamma": 0.05}}, "sce": {"parameters": {"select_topk": 0.3}},
     "ram": {}, "ramplus_tl": {}, "model_stock": {}, "karcher": {"base": None}, "multislerp": {"per_model": {}},
-    "slerp": {"models": ("a",), "parameters": {"t": [0.2, 0.7]}}, "nuslerp": {"models": ("a", "b"), "base": None, "per_model": {}},
+    "slerp": {"models": ("a",), "parameters": {"t": [0.2, 0.7]}},
+    "nuslerp": {"models": ("a", "b"), "base": None, "per_model": {}},
     "nearswap": {"models": ("a",), "parameters": {"t": 0.002}}, "arcee_fusion": {"models": ("a",)},
     "passthrough": {"models": ("a",), "base": None, "parameters": {"scale": 0.7}}, "tsv_m": {}, "iso_c": {},
 }
@@ -370,7 +374,7 @@ def test_flipped_bit_in_a_model_that_we_merged(small, jobs):
     config["models"].append({"model": str(small / "merged"), "parameters": {"weight": 0.5, "density": 0.5}})
     merge_config(config, small / "sound")
     shutil.rmtree(small / "sound")
-    for shard, at in ((shards(small / "merged")[0], -1), (shards(small / "merged")[1], -2000), (shards(small / "merged")[2], None)):
+    for shard, at in zip(shards(small / "merged"), (-1, -2000, None), strict=False):
         place = header_size(shard) if at is None else shard.stat().st_size + at
         flip(shard, place, 3)
         text = refused(jobs, small, config)
@@ -388,14 +392,13 @@ def test_flipped_bit_in_a_model_that_we_merged(small, jobs):
 def test_flipped_bit_in_an_input_with_a_tokenizer_or_an_adapter_is_found_at_the_end(small, monkeypatch):
     """Tensors that are not read as they stand are held to the manifest too."""
     merge_config(config_of(small, "linear", models=("a", "b"), base=None, per_model={}), small / "merged")
-    whole = stream._Job._begin_input_hashes
     monkeypatch.setattr(stream._Job, "_begin_input_hashes", lambda self, stack: {})
     shard = shards(small / "merged")[0]
     flip(shard, shard.stat().st_size - 5)
     config = {"merge_method": "passthrough", "models": [{"model": str(small / "merged")}]}
     with pytest.raises(CorruptedError, match="other bytes than its merge wrote"):
         merge_config(config, small / "out")
-    assert whole and not (small / "out").exists() and not (small / "out.partial").exists()
+    assert not (small / "out").exists() and not (small / "out.partial").exists()
 
 
 BAD = "model.layers.1.mlp.up_proj.weight"
@@ -417,7 +420,8 @@ def test_not_a_number_never_disappears(method, value, small):
     for fused in (False, True):
         with pytest.raises(CorruptedError) as caught:
             merge_config(config, small / "out", settings=Settings(fused=fused))
-        assert BAD in str(caught.value) and f"{small / 'a'}: 1 NaN" in str(caught.value).replace("0 NaN and 1 infinite", "1 NaN")
+        text = str(caught.value)
+        assert BAD in text and re.search(re.escape(f"{small / 'a'}: ") + "(1 NaN and 0|0 NaN and 1) infinite", text)
         assert not (small / "out").exists() and not (small / "out.partial").exists()
     results = []
     for fused in (False, True):  # where it is allowed, all else is as it should be, the same in both ways
@@ -529,11 +533,12 @@ def test_out_is_one_of_the_inputs(small, jobs):
 
 
 def test_full_disk(small, jobs):
-    """A file system of 2.2 MB: refused before the start; filled by another while the merge runs: a message, what is
+    """A file system of 1.3 MB: refused before the start; filled by another while the merge runs: a message, what is
     written stays and is used, and nothing looks whole."""
     disk = small / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1300k", "none", disk], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1300k", "none", disk]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
         config = write_config(small, config_of(small, "ties", **TIES))

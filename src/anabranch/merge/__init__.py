@@ -182,7 +182,8 @@ def _argument(parameter: Parameter, value: Any, k: int | None) -> Argument:
             raise ValueError(f"got {value!r}, wanted numbers")
         return tuple(float(v) for v in several)
     if type(value) is parameter.type or (parameter.type is float and type(value) is int):
-        return parameter.type(value)
+        kind: Any = parameter.type
+        return kind(value)
     raise ValueError(f"got {value!r}, wanted {parameter.type.__name__}"
                      + (" or a list of them" if parameter.per_branch else ""))
 

@@ -433,7 +433,7 @@ def arcee_fusion_streamed(stack: Stack) -> Blockwise:
     quick = importance_quantiles(stack, places, _divergence)
     low, median, high = map(torch.tensor, quick[0] if quick is not None else _order_statistics(stack, places))
     # float32, as the importances are: 1.5 (high - low) in float64 could miss an entry that equals the threshold.
-    return Important(float(median + ARCEE_REACH * (high - low)), quick[1] if quick is not None else None, stack.shape[-1:])
+    return Important(float(median + ARCEE_REACH * (high - low)), quick[1] if quick is not None else None, (stack.shape or (1,))[-1])
 
 
 def _order_statistics(stack: Stack, places: list[int]) -> list[float]:
@@ -473,7 +473,7 @@ class Important:
 
     threshold: float
     divergences: np.ndarray | None = None
-    columns: tuple[int, ...] = ()
+    columns: int = 1
 
     @property
     def fused(self) -> Callable[..., bool] | None:
@@ -484,8 +484,8 @@ class Important:
         from anabranch.merge import rank_kernels
 
         assert self.divergences is not None
-        (columns,) = self.columns
-        rows = self.divergences[start // columns : start // columns + x.shape[1] // columns]
+        first = start // self.columns
+        rows = self.divergences[first : first + x.shape[1] // self.columns]
         return rank_kernels.take_important(x[0], base, rows, np.float32(self.threshold), out)
 
     def __call__(self, block: Block) -> Float[Tensor, "*n"]:
