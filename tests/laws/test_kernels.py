@@ -103,7 +103,7 @@ def test_draws_are_uniform_and_independent():
     keys = ["a", "b"]
     draws = torch.empty(2, n)
     Uniform(0, keys, "w")(0, n, draws)
-    assert 0 <= float(draws.min()) and float(draws.max()) < 1
+    assert float(draws.min()) >= 0 and float(draws.max()) < 1
     u = (draws.double() - 0.5) * 12**0.5
     assert bool((u.mean(1).abs() < 5 / n**0.5).all()) and bool(((u.square().mean(1) - 1).abs() < 5 * 0.9 / n**0.5).all())
     for lag in (1, 2, 7, 64, 1024, 65536):

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Q
 from anabranch.artifacts import MergeManifest
 from anabranch.engine import output
 from anabranch.engine.checkpoint import INDEX, WEIGHTS, checkpoint_hash
-from anabranch.engine.plan import parse_size
-from anabranch.engine.stream import Progress, Settings
 from anabranch.engine.merging import merge_checkpoints, verify_files
 from anabranch.engine.output import JOURNAL, MANIFEST
+from anabranch.engine.plan import parse_size
+from anabranch.engine.stream import Progress
 from anabranch.errors import CorruptedError, ModelError, OutputError, RecipeError, ShapeMismatch
 
 P3_BASE = Path(__file__).parents[2].parent / "shared" / "models" / "p3-base"
@@ -290,7 +290,7 @@ def test_what_others_put_there_is_left_alone(tmp_path, family):
     for name in ("out", "out.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "diary.txt").write_text("dear")
-        with pytest.raises(OutputError, match="[Cc]hoose another"):
+        with pytest.raises(OutputError, match=r"[Cc]hoose another"):
             merge(base, branches, tmp_path / "out")
         assert (tmp_path / name / "diary.txt").read_text() == "dear"
         shutil.rmtree(tmp_path / name)

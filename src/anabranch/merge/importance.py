@@ -431,9 +431,10 @@ def arcee_fusion_streamed(stack: Stack) -> Blockwise:
         return Important(0.0)
     places = [(n - 1) // 4, (n - 1) // 2, 3 * (n - 1) // 4]
     quick = importance_quantiles(stack, places, _divergence)
-    low, median, high = map(torch.tensor, quick[0] if quick is not None else _order_statistics(stack, places))
+    values, divergences = quick if quick is not None else (_order_statistics(stack, places), None)
+    low, median, high = map(torch.tensor, values)
     # float32, as the importances are: 1.5 (high - low) in float64 could miss an entry that equals the threshold.
-    return Important(float(median + ARCEE_REACH * (high - low)), quick[1] if quick is not None else None, (stack.shape or (1,))[-1])
+    return Important(float(median + ARCEE_REACH * (high - low)), divergences, (stack.shape or (1,))[-1])
 
 
 def _order_statistics(stack: Stack, places: list[int]) -> list[float]:

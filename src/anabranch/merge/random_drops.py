@@ -20,6 +20,10 @@ from anabranch.merge.consensus import Consensus
 from anabranch.merge.sparsify import Dropped, densities, factors_of, l1_factors
 from anabranch.merge.stack import RUN, Stack, WholeStack
 
+# Blocks of a tensor up to which a bit for each entry takes less memory than the float32 copies of a block, which the fused
+# kernels do without.
+FEW_BLOCKS = 256
+
 
 @merge_method("dare_linear", needs_base=True, reference="arXiv:2311.03099, sec. 3.2, eq. (1)-(3)")
 def dare_linear(
@@ -248,26 +252,30 @@ def _scaled(stack: Stack, dropped: Dropped, rescale: str) -> Dropped:
     if rescale == "l1" and any(rho < 1 for rho in dropped.densities):
         quick = getattr(stack, "l1_sums", None)
         if dropped.half_width is not None:
-            sums = ranked_sums(stack, dropped)
+            ranked = ranked_sums(stack, dropped)
+            sums, dropped = (None, dropped) if ranked is None else (ranked[:2], replace(dropped, survivors=ranked[2]))
         else:
             sums = quick(dropped.densities) if quick is not None else None
         return replace(dropped, factors=l1_factors(stack, dropped.kept) if sums is None else factors_of(*sums))
     return replace(dropped, each=rescale.startswith("inverse"))
 
 
-def ranked_sums(stack: Any, dropped: Dropped) -> tuple[list[float], list[float]] | None:
-    """For each branch the sum of |d_i| and that of its survivors, as `Total` adds them; None where the fused kernels cannot."""
+def ranked_sums(stack: Any, dropped: Dropped) -> tuple[list[float], list[float], np.ndarray | None] | None:
+    """For each branch the sum of |d_i| and that of its survivors, as `Total` adds them; and a bit for each entry, whether it
+    survives, if these are few enough to be kept. None where the fused kernels cannot."""
     if not getattr(stack, "fusible", False):
         return None
     from anabranch.merge import rank_kernels
 
     chances = dropped.chances()
     sums, runs = np.zeros((2, stack.k)), np.zeros((2, stack.k, RUN), np.float32)
+    few = stack.columns % 8 == 0 and stack.numel <= FEW_BLOCKS * stack.entries
+    kept = np.empty((stack.k, stack.numel // 8 if few else 0), np.uint8)
     for start, stop in stack.ranges():
-        if not rank_kernels.ranked_l1_sums(*stack.stored(start, stop), stack.draw.keys, chances, start, sums, runs):
+        if not rank_kernels.ranked_l1_sums(*stack.stored(start, stop), stack.draw.keys, chances, start, sums, runs, kept):
             return None
     sums += rank_kernels.ended(runs)
-    return sums[0].tolist(), sums[1].tolist()
+    return sums[0].tolist(), sums[1].tolist(), kept if few else None
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -149,28 +149,63 @@ def consent_ranked(x, base, keys, p, every, factors, weights, elect, normalize, 
 
 
 @njit(**FLAGS)
+def consent_kept(x, base, kept, factors, weights, elect, normalize, multiplier, first, out):
+    """`consent_ranked` without `every`, where `ranked_l1_sums` has told which entries are kept. `first`: a multiple of 8."""
+    k, n = x.shape
+    zero, wide = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    total, divisor, steps = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty((k, TILE), np.float32)
+    none, finite = np.float32(0), True
+    for start in range(0, n, TILE):
+        count = min(TILE, n - start)
+        _widen(base[start : start + count], zero)
+        for i in range(k):
+            step, factor, weight = steps[i], factors[i], weights[i]
+            _widen(x[i, start : start + count], wide)
+            bits = kept[i, (first + start) // 8 : (first + start + count) // 8]
+            for b in range(bits.size):
+                for j in range(8):
+                    step[np.uint64(8 * b + j)] = np.float32(np.uint8(bits[b] >> np.uint8(j)) & np.uint8(1))
+            for j in range(count):
+                step[j] = wide[j] - zero[j] if step[j] != 0 else none
+            if factor != 1:
+                for j in range(count):
+                    step[j] = step[j] * factor
+            for j in range(count):
+                step[j] = step[j] * weight
+        _merge_steps(steps, weights, elect, normalize, multiplier, wide, total, divisor, count)
+        for j in range(count):
+            total[j] = total[j] + zero[j]
+        finite &= _narrow(total, out[start : start + count])
+    return finite
+
+
+@njit(**FLAGS)
 def _halved(run):
     """The sum of TILE numbers, which are overwritten, as `Total` adds them."""
     half = TILE // 2
     while half:
+        lower, upper = run[:half], run[half : 2 * half]
         for j in range(half):
-            run[j] += run[half + j]
+            lower[j] += upper[j]
         half //= 2
     return run[0]
 
 
 @njit(**FLAGS)
-def ranked_l1_sums(x, base, keys, p, first, sums, runs):
+def ranked_l1_sums(x, base, keys, p, first, sums, runs, kept):
     """Add to sums[0, i] the sum of |x_i - x_0|, and to sums[1, i] that of the entries that `consent_ranked` keeps.
 
     In the order of `Total`. A run need not end where a block does: runs [2, k, TILE] holds the one that is open, zeros after
-    the tensor's last entry included, and must be zero at first. False where a number is not finite.
+    the tensor's last entry included, and must be zero at first. kept [k, bytes] uint8: a bit per entry, in the order of the
+    entries, is set there for those that are kept, and rows must have a multiple of 8 entries; or it is empty. False where a
+    number is not finite.
     """
     k, n = x.shape
     columns = p.shape[1]
     zero, wide, drawn = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(columns, np.float32)
     chance, buckets = np.empty(columns, np.float32), np.empty(columns, np.uint32)
     starts, ranked = np.empty(OCTAVES << FINEST, np.uint32), np.empty(columns, np.uint64)
+    none, flags = np.float32(0), np.empty((columns + 7) // 8 * 8, np.uint8)
     for here in range(0, n, columns):
         _widen(base[here : here + columns], zero)
         for i in range(k):
@@ -180,13 +215,22 @@ def ranked_l1_sums(x, base, keys, p, first, sums, runs):
                 wide[j] = abs(wide[j] - zero[j])
             if not _chances(wide.view(np.uint32), p[i], buckets, starts, ranked, chance):
                 return False
+            if kept.size:
+                packed = kept[i, (first + here) // 8 : (first + here + columns) // 8]
+                for j in range(columns):
+                    flags[j] = drawn[j] < chance[j]
+                eights = flags.view(np.uint64)
+                for b in range(packed.size):  # the product moves the lowest bit of byte j to bit 56 + j
+                    packed[b] = np.uint8((eights[b] * np.uint64(0x0102040810204080)) >> np.uint64(56))
             before, after = runs[0, i], runs[1, i]
             done, filled = 0, (first + here) % TILE
             while done < columns:
                 count = min(TILE - filled, columns - done)
+                size, draw, own = wide[done : done + count], drawn[done : done + count], chance[done : done + count]
+                into, kept_into = before[filled : filled + count], after[filled : filled + count]
                 for j in range(count):
-                    before[filled + j] = wide[done + j]
-                    after[filled + j] = wide[done + j] if drawn[done + j] < chance[done + j] else np.float32(0)
+                    into[j] = size[j]
+                    kept_into[j] = size[j] if draw[j] < own[j] else none
                 done, filled = done + count, filled + count
                 if filled == TILE:
                     sums[0, i] += _halved(before)
@@ -208,24 +252,22 @@ def ended(runs):
 
 
 @njit(**FLAGS)
-def _variance(x, start, count, wide, variance):
-    """`importance._variance` of entries start .. start + count; wide [k, TILE] is left as x_i - x_1."""
-    k, parts = x.shape[0], np.float32(x.shape[0])
-    mean = np.zeros(TILE, np.float32)
-    for i in range(k):
-        _widen(x[i, start : start + count], wide[i])
-    for back in range(k):
-        row, one = wide[k - 1 - back], wide[0]
+def _variance(x, start, count, wide, mean, variance):
+    """`importance._variance` of entries start .. start + count; wide [k, TILE] and mean are overwritten."""
+    k, parts, one = x.shape[0], np.float32(x.shape[0]), wide[0]
+    _widen(x[0, start : start + count], one)
+    for j in range(count):
+        mean[j] = one[j] - one[j]
+    for i in range(1, k):
+        row = wide[i]
+        _widen(x[i, start : start + count], row)
         for j in range(count):
             row[j] = row[j] - one[j]
-    for i in range(k):
-        row = wide[i]
-        for j in range(count):
             mean[j] += row[j]
     for j in range(count):
         mean[j] = mean[j] / parts
-        variance[j] = 0
-    for i in range(k):
+        variance[j] = mean[j] * mean[j]  # the first: 0 - mean, squared
+    for i in range(1, k):
         row = wide[i]
         for j in range(count):
             d = row[j] - mean[j]
@@ -239,12 +281,12 @@ def count_upper_variances(x, table):
     """Add to table[b] the number of entries whose variance has the upper 16 bits b. Returns how many are not 0, -1 where one
     is not finite."""
     n = x.shape[1]
-    wide, variance = np.empty((x.shape[0], TILE), np.float32), np.empty(TILE, np.float32)
+    wide, mean, variance = np.empty((x.shape[0], TILE), np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     bits = variance.view(np.uint32)
     varying, top = 0, np.uint32(0)
     for start in range(0, n, TILE):
         count = min(TILE, n - start)
-        _variance(x, start, count, wide, variance)
+        _variance(x, start, count, wide, mean, variance)
         for j in range(count):
             varying += bits[j] != 0
             top = max(top, bits[j])
@@ -258,13 +300,13 @@ def count_variances(x, low, table):
     """Add to table[b] the number of entries whose variance has the bits low + b. Returns (how many are not 0, -1 where one is
     not finite; how many lie beyond the table)."""
     n = x.shape[1]
-    wide, variance = np.empty((x.shape[0], TILE), np.float32), np.empty(TILE, np.float32)
+    wide, mean, variance = np.empty((x.shape[0], TILE), np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     bits = variance.view(np.uint32)
     first, width = np.uint32(low), np.uint32(table.size)
     varying, beyond, top = 0, 0, np.uint32(0)
     for start in range(0, n, TILE):
         count = min(TILE, n - start)
-        _variance(x, start, count, wide, variance)
+        _variance(x, start, count, wide, mean, variance)
         for j in range(count):
             varying += bits[j] != 0
             beyond += bits[j] >= np.uint32(first + width)
@@ -299,12 +341,12 @@ def selected_energies(x, base, ranked, cut, left, sums):
     `left` of those, equal to it. Returns (what is then left of `left`, place of the last of these or -1)."""
     k, n = x.shape
     wide, steps = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32)
-    variance, tile, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), -1
+    mean, variance, tile, found = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32), -1
     for start in range(0, n, TILE):
         count = min(TILE, n - start)
         last = -1
         if ranked:
-            _variance(x, start, count, wide, variance)
+            _variance(x, start, count, wide, mean, variance)
             equal = 0
             for j in range(count):
                 equal += variance[j] == cut
@@ -328,13 +370,13 @@ def elect_selected(x, base, ranked, cut, last, weights, out):
     """`importance.Elected`; last: place in this block up to which entries whose variance equals the cut are kept."""
     k, n = x.shape
     wide, steps = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32)
-    variance, tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    mean, variance, tile = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     total, divisor, way = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     none, least, finite = np.float32(0), np.float32(1e-6), True
     for start in range(0, n, TILE):
         count = min(TILE, n - start)
         if ranked:
-            _variance(x, start, count, wide, variance)
+            _variance(x, start, count, wide, mean, variance)
         _steps(x, base, start, count, ranked, cut, last - start, variance, tile, steps)
         for j in range(count):
             way[j] = steps[0, j]

@@ -131,7 +131,8 @@ def importance_quantiles(stack: Any, places: Sequence[int], divergence: Callable
     lower = np.zeros((len(places), LOWER), np.int64)
     for start, stop in stack.ranges():
         x, base = stack.stored(start, stop)
-        rank_kernels.count_importances(x[0], base, rows[start // stack.columns : stop // stack.columns], buckets * LOWER, lower, 0)
+        of_block = rows[start // stack.columns : stop // stack.columns]
+        rank_kernels.count_importances(x[0], base, of_block, buckets * LOWER, lower, 0)
     values = []
     for at, bucket, table in zip(places, buckets.tolist(), lower, strict=True):
         offset = int(np.searchsorted(table.cumsum(), at - (int(below[bucket - 1]) if bucket else 0), side="right"))

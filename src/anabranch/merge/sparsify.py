@@ -116,6 +116,7 @@ class Dropped:
 
     An entry of branch i is kept where its draw is below its probability: `densities[i]`, or with `half_width` one that
     grows with the rank of the entry's magnitude in its row. `each` scales every survivor by 1 / its own probability.
+    `survivors` [k, bytes]: a bit for each entry, where it is known already which are kept.
     """
 
     densities: tuple[float, ...]
@@ -124,6 +125,7 @@ class Dropped:
     half_width: tuple[float, ...] | None = None
     each: bool = False
     columns: int = 1
+    survivors: np.ndarray | None = None
 
     def __call__(self, block: Block) -> Float[Tensor, "*n"]:
         assert block.base is not None
@@ -148,9 +150,11 @@ class Dropped:
         merge = self.then
         every = np.array([self.each and 0 < rho < 1 for rho in self.densities])
         scale = merge.scale if merge.consensus or not merge.normalize else merge.scale / divisor_of(merge.weights)
-        return rank_kernels.consent_ranked(
-            x, base, keys, self.chances(), every, np.array(self.factors, np.float32), np.array(merge.weights, np.float32),
-            merge.consensus, merge.normalize, np.float32(scale), start, out)
+        rest = (np.array(self.factors, np.float32), np.array(merge.weights, np.float32), merge.consensus, merge.normalize,
+                np.float32(scale), start, out)
+        if self.survivors is not None:
+            return rank_kernels.consent_kept(x, base, self.survivors, *rest)
+        return rank_kernels.consent_ranked(x, base, keys, self.chances(), every, *rest)
 
     def chances(self) -> np.ndarray:
         """[k, columns] float32: the chance to be kept of every rank in a row, ascending."""
