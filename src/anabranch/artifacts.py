@@ -243,10 +243,12 @@ class BranchManifest(Artifact):
 
 
 class MergeInput(Part):
-    """A model that a merge read. `label` as the config calls it; `hash` over names and hashes of the tensors read."""
+    """A model that a merge read. `label` as the config calls it; `hash` over names and hashes of the tensors read, and of
+    other files that decide the result (adapter, Fisher information, tokenizer)."""
 
     label: str
     hash: str
+    local: bool = Field(True, description="it was a folder, not a repository of the Hub")
 
 
 class MergeManifest(Artifact):
@@ -259,6 +261,8 @@ class MergeManifest(Artifact):
         {}, description="the method's own parameters, with defaults")
     weights: list[float] = []
     config: str | None = Field(None, description="the text of the merge config, for `anabranch merge`")
+    found_from: list[str] = Field([], description="folders from which the config's relative paths were looked up, seen from "
+                                                  "the merged folder")
     seed: int = 0
     dtype: str
     parameters: int

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -123,15 +124,6 @@ class Adapter:
     def touches(self, name: str) -> bool:
         return name in self._changes
 
-    def replaces(self, name: str) -> bool:
-        """Whether the tensor comes from the adapter alone, and the base's is not read."""
-        return name in self._changes and self._changes[name].replaced is not None
-
-    def chunk_entries(self, name: str) -> int:
-        """Entries formed at once: ranges that begin and end at multiples of this many waste nothing."""
-        columns = self._columns(name)
-        return max(1, CHUNK // columns) * columns
-
     def folded(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of the folded tensor, float32 [rows, ..], in memory of its own. Rows are of the first dimension, step 1.
 
@@ -143,6 +135,25 @@ class Adapter:
         start, stop, _ = rows.indices(shape[0])
         row = math.prod(shape[1:])
         return self.entries(name, start * row, max(start, stop) * row).reshape(-1, *shape[1:])
+
+    def rows(self, name: str, indices: np.ndarray) -> Tensor:
+        """Rows `indices` (int64 [n], in any order, each >= 0 and below the rows there are) of a tensor that the adapter
+        changes: float32 [n, ..], in memory of its own, the bits of `folded(name)[indices]`.
+
+        Of a product no more is formed than the runs that these rows lie in, a run at a time.
+        Raises CorruptedError if the base or the adapter cannot be read.
+        """
+        shape = self.base.tensors[name].shape
+        row = math.prod(shape[1:])
+        together = max(1, CHUNK // max(1, row))
+        out = torch.empty(len(indices), *shape[1:])
+        order = np.argsort(indices, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(indices[order] // together)) + 1):
+            if len(places):
+                first, last = int(indices[places[0]]), int(indices[places[-1]])
+                run = self.entries(name, first * row, (last + 1) * row).reshape(-1, *shape[1:])
+                out[torch.from_numpy(places)] = run[torch.from_numpy(indices[places] - first)]
+        return out
 
     def entries(self, name: str, start: int, stop: int) -> Tensor:
         """Entries start .. stop of the folded tensor, flattened: float32 [stop - start], in memory of its own."""

@@ -116,7 +116,11 @@ class Checkpoint:
         info = self.tensors[name]
         file = self._descriptors.get(info.file)
         if file is None:  # another thread may be here too; one file stays, the other is closed before anybody reads it
-            file = self._descriptors.setdefault(info.file, open(self.folder / info.file, "rb", buffering=0))  # noqa: SIM115
+            try:
+                opened = open(self.folder / info.file, "rb", buffering=0)  # noqa: SIM115 - kept open
+            except OSError as error:
+                raise CorruptedError(f"{self.folder / info.file}: cannot be opened ({error.strerror}).") from error
+            file = self._descriptors.setdefault(info.file, opened)
         handle, at, left = file.fileno(), info.offset + start, into.view(np.uint8).data
         while left:
             try:

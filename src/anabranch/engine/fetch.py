@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,9 @@ DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tikto
 # The same weights once more, in another layout or for another runtime.
 NOT_DOWNLOADED = ["consolidated*.safetensors", "*/*.safetensors"]
 PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-TEXT = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+# What goes along when the weights are written anew: the text above, further chat templates, and a model's own code
+# (copied, never run: only the `trust_remote_code` of whoever loads the result does that).
+BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "additional_chat_templates/*.jinja")
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
@@ -105,9 +108,12 @@ def _snapshot(repository: str, revision: str | None, cache: Path | None, pattern
 
 
 def convert(folder: Path, into: Path) -> Path:
-    """A folder below `into` with the weights of `folder` as safetensors and its text files. Made once, then found again.
+    """A folder below `into` with the weights of `folder` as safetensors and its text files. Made once, then found again,
+    as long as no file of `folder` changes.
 
-    One .bin file gives one .safetensors file. Tensors that share memory (tied weights) are each written out.
+    One .bin file gives one .safetensors file. Tensors that share memory (tied weights) are each written out. Any number of
+    processes may convert a folder at once: each writes to a folder of its own, the first that is done gives it its name,
+    and the others take that.
 
     Raises:
         ModelError: a file that holds more than tensors, or needs code to load.
@@ -115,11 +121,14 @@ def convert(folder: Path, into: Path) -> Path:
         OutputError: the folder cannot be written.
     """
     pickles = _pickles(folder)
+    beside = _beside(folder)
     facts = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in pickles]
+    facts += [[name, str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for name, p in beside.items()]
     done = into / f"{folder.name}-{digest(facts)[:16]}"
     if done.is_dir():
         return done
-    partial = into / f".{done.name}.{os.getpid()}.partial"
+    # Not by the process's number alone: those repeat, between the machines that share a disk and after a kill.
+    partial = into / f".{done.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
     try:
         partial.mkdir(parents=True)
         weight_map: dict[str, str] = {}
@@ -132,10 +141,10 @@ def convert(folder: Path, into: Path) -> Path:
         if len(pickles) > 1:
             index = {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}
             (partial / INDEX).write_text(json.dumps(index, indent=2))
-        for path in sorted(folder.iterdir()):
-            if path.suffix in TEXT and not path.name.endswith(".bin.index.json"):
-                shutil.copyfile(path, partial / path.name)
-        os.replace(partial, done)
+        for name, path in beside.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, partial / name)
+        os.replace(partial, done)  # fails where `done` has files in it
     except OSError as error:
         if done.is_dir():  # another process was faster
             return done
@@ -144,6 +153,12 @@ def convert(folder: Path, into: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return done
+
+
+def _beside(folder: Path) -> dict[str, Path]:
+    """The files that go along, by name."""
+    found = {path.relative_to(folder).as_posix(): path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()}
+    return {name: found[name] for name in sorted(found) if not name.endswith(".bin.index.json")}
 
 
 def _pickles(folder: Path) -> list[Path]:
@@ -225,18 +240,6 @@ def quantisation(checkpoint: Checkpoint) -> str | None:
     if isinstance(said, dict) and said:
         return f"{_method(said)} by config.json's `quantization_config`" + (f"; {seen}" if seen else "")
     return seen or None
-
-
-def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Raises ModelError for a checkpoint whose weights are not plain numbers."""
-    how = quantisation(checkpoint)
-    if how is None:
-        return
-    plain = not any(_packed(name, info.dtype, checkpoint) for name, info in checkpoint.tensors.items())
-    remedy = ("Its tensors are plain all the same: if the weights were never packed, take `quantization_config` out of "
-              "config.json." if plain else
-              "Give the model as it was before it was quantised; or load it dequantised and save that.")
-    raise ModelError(f"model folder {checkpoint.folder}: quantised ({how}). Sums of packed numbers have no meaning. {remedy}")
 
 
 def _method(config: Mapping[str, Any]) -> str:

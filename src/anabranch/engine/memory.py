@@ -21,20 +21,23 @@ from anabranch.merge.stack import CHUNK
 # Entries of a block when memory is no concern: the float32 copies of a few inputs stay in a core's cache.
 ENTRIES = 1 << 18
 # What a method keeps beside its inputs, in float32 numbers per entry: so many for each branch, and so many more.
-TEMPORARIES = {"entry": (4, 6), "row": (6, 8), "tensor": (8, 10)}
+TEMPORARIES = {"entry": (5, 8), "row": (6, 8), "tensor": (12, 18)}
 # Interpreter and libraries, where the system does not tell; and what allocators keep without need.
-UNKNOWN, SLACK = 300 * 10**6, 48 * 10**6
+# KERNELS: numba, and what compiling takes the first time.
+UNKNOWN, KERNELS, SLACK = 300 * 10**6, 96 * 10**6, 32 * 10**6
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`entries` of a block at most; bytes `taken` before the merge, `room` for it, `needs` of each step by name."""
+    """`entries` of a block at most; bytes `taken` before the merge, `room` for it, `needs` of each step by name; whether
+    the `fused` kernels may be loaded: they take memory too, and give the same bytes."""
 
     entries: int
     taken: int
     room: int
     needs: dict[str, int]
     threads: int
+    fused: bool
 
     @property
     def peak(self) -> int:
@@ -43,14 +46,16 @@ class MemoryPlan:
         return self.taken + min(self.room, sum(together))
 
 
-def plan_memory(steps: Sequence[Step], memory: int, threads: int) -> MemoryPlan:
-    """Block size and needs under a limit of `memory` bytes for the whole process.
+def plan_memory(steps: Sequence[Step], memory: int, threads: int, fused: bool) -> MemoryPlan:
+    """Block size and needs under a limit of `memory` bytes for the whole process. `fused`: with the kernels, if they fit.
 
     Raises RecipeError, naming every tensor that cannot be merged within the limit.
     """
-    taken = occupied() + SLACK
-    room = max(memory - taken, 0)
     costs = [_bytes_per_entry(s, kind) for s in steps if (kind := kind_of(s)) != "tensor"]
+    taken = occupied() + SLACK
+    fused = fused and memory - taken - KERNELS >= CHUNK * max(costs, default=1) * max(1, threads)
+    taken += KERNELS if fused else 0
+    room = max(memory - taken, 0)
     entries = max(CHUNK, min(ENTRIES, room // max(1, threads) // max(costs, default=1) // CHUNK * CHUNK))
     needs = {}
     for step in steps:
@@ -69,7 +74,7 @@ def plan_memory(steps: Sequence[Step], memory: int, threads: int) -> MemoryPlan:
         raise RecipeError.of(f"--memory {memory / 1e6:,.0f}MB is too little: the program itself takes {taken / 1e6:,.0f} MB, "
                              "and these tensors cannot be worked in smaller blocks:",
                              [*lines, f"Give --memory {wanted / 1e6 + 1:,.0f}MB or more, or another merge method."])
-    return MemoryPlan(entries, taken, room, needs, threads)
+    return MemoryPlan(entries, taken, room, needs, threads, fused)
 
 
 def kind_of(step: Step) -> maths.BlockKind:
@@ -81,7 +86,7 @@ def kind_of(step: Step) -> maths.BlockKind:
 
 def _bytes_per_entry(step: Step, kind: maths.BlockKind) -> int:
     if not step.merged:
-        return 16
+        return 8 * (1 + len(step.wanted.sources))
     method, k = maths.method_named(step.wanted.method), len(step.wanted.branches)
     inputs = len(step.wanted.sources) + k * sum(name in method.inputs for name in ("draws", "fisher"))
     each, more = TEMPORARIES[kind]

@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -24,13 +23,12 @@ from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.config import MergeConfig
 from anabranch.engine.dialect import load_config, read_config
 from anabranch.engine.layout import layout_of, set_dtype
-from anabranch.engine.memory import plan_memory
 from anabranch.engine.output import MANIFEST, Done, OutputFolder, existing_parent, tensor_hash, vouched_for
 from anabranch.engine.plan import DTYPES, OutputPlan, Step, lay_out, line_up, parse_size
 from anabranch.engine.prepare import Options, Prepared, prepare
-from anabranch.engine.stream import Merge, Progress, Settings, check_device, check_input, stream
+from anabranch.engine.stream import Merge, Progress, Settings, check_device, check_input, memory_for, stream
 from anabranch.engine.wanted import COPY, Input, Source, Wanted
-from anabranch.errors import AnabranchError, CorruptedError, OutputError, RecipeError, closest
+from anabranch.errors import AnabranchError, CorruptedError, ModelError, OutputError, RecipeError, closest
 from anabranch.surgery.side_files import carry_tokenizer
 
 
@@ -74,7 +72,7 @@ def merge_checkpoints(
         ShapeMismatch: inputs whose tensors do not line up, all of them in one message.
         OutputError: no space, no permission, `out` holds something else, or another merge is writing it.
     """
-    record = maths.method_named(method)
+    record, out = maths.method_named(method), place_for(out)
     arguments = maths.arguments_for(record, parameters or {}, len(branches))
     _check_request(record, arguments, branches, weights, dtype)
     limit = parse_size(max_shard_size)
@@ -127,7 +125,7 @@ def merge(
 
 def options_for(seed: int = 0, max_shard_size: str = "5GB", allow_mixed: bool = False, allow_pickle: bool = False) -> Options:
     """Options as people write them. Raises RecipeError."""
-    return Options(seed, parse_size(max_shard_size, "--max-shard-size"), allow_mixed, Path() if allow_pickle else None)
+    return Options(seed, parse_size(max_shard_size, "--max-shard-size"), allow_mixed, allow_pickle)
 
 
 def settings_for(memory: str | None = None, threads: int | None = None, device: str = "cpu",
@@ -165,18 +163,18 @@ def merge_config(
         AnabranchError: everything that is wrong with config and models, in one message, before a byte is written; an input
             that is damaged or holds a NaN; no space; `out` holds something else.
     """
-    out = Path(out)
-    text = text_of(config)
-    with converting(options or Options(), out) as taken:
-        prepared = prepare(parsed(config, text, allow_unknown_keys), text, taken)
-        for warning in prepared.warnings if warn is not None else ():
-            warn(warning)  # type: ignore[misc]
-        recorded = _recorded(prepared, text, taken)
-        if (finished := already_there(out, recorded)) is not None:
-            _check_inputs_unchanged(prepared.merge, finished, out)
-            return finished
-        folder = OutputFolder(out, prepared.merge.plan, prepared.files)
-        return write(prepared.merge, folder, settings or Settings(), recorded, progress)
+    out, text, options = place_for(out), text_of(config), options or Options()
+    prepared = prepare(parsed(config, text, allow_unknown_keys), text, options)
+    for warning in prepared.warnings if warn is not None else ():
+        warn(warning)  # type: ignore[misc]
+    recorded = _recorded(prepared, text, options)
+    if (finished := already_there(out, recorded)) is not None:
+        _check_inputs_unchanged(prepared.merge, finished, out)
+        return finished
+    folder = OutputFolder(out, prepared.merge.plan, prepared.files)
+    home = Path(config).parent if isinstance(config, (str, Path)) else Path()
+    return write(prepared.merge, folder, settings or Settings(),
+                 recorded | {"found_from": [os.path.relpath(place, out) for place in (Path.cwd(), home.resolve())]}, progress)
 
 
 def forecast(
@@ -189,15 +187,14 @@ def forecast(
     warn: Callable[[str], None] | None = None,
 ) -> list[str]:
     """`anabranch merge --dry-run`: what would be read, done and written, in lines. Arguments and errors as `merge_config`."""
-    text, out = text_of(config), Path(out)
-    with converting(options or Options(), out) as taken:
-        prepared = prepare(parsed(config, text, allow_unknown_keys), text, taken)
-        for warning in prepared.warnings if warn is not None else ():
-            warn(warning)  # type: ignore[misc]
-        there = []
-        if already_there(out, _recorded(prepared, text, taken)) is not None:
-            there = [f"{out} holds this merge already; nothing would be done"]
-        return _forecast(prepared, settings or Settings(), out) + there
+    text, out, options = text_of(config), place_for(out), options or Options()
+    prepared = prepare(parsed(config, text, allow_unknown_keys), text, options)
+    for warning in prepared.warnings if warn is not None else ():
+        warn(warning)  # type: ignore[misc]
+    there = []
+    if already_there(out, _recorded(prepared, text, options)) is not None:
+        there = [f"{out} holds this merge already; nothing would be done"]
+    return _forecast(prepared, settings or Settings(), out) + there
 
 
 def verify(folder: Path | str, *, files_only: bool = False, allow_pickle: bool = False, settings: Settings | None = None,
@@ -215,18 +212,48 @@ def verify(folder: Path | str, *, files_only: bool = False, allow_pickle: bool =
     manifest = MergeManifest.load(folder / MANIFEST)
     if manifest.config is None:
         return []
-    with converting(options_for(manifest.seed, allow_mixed=True, allow_pickle=allow_pickle), folder) as options:
-        merge = prepare(parsed(None, manifest.config, True), manifest.config, options).merge
-        done = stream(merge, None, replace(settings or Settings(), allow_nonfinite=True), progress)
+    places = tuple((folder / place).resolve() for place in manifest.found_from)
+    config = read_config(manifest.config, source=str(folder / MANIFEST), folders=(Path.cwd(), *places), allow_unknown_keys=True)
+    _check_places(config, manifest)
+    options = options_for(manifest.seed, allow_mixed=True, allow_pickle=allow_pickle)
+    merge = prepare(config, manifest.config, options).merge
+    done = stream(merge, None, replace(settings or Settings(), allow_nonfinite=True), progress)
     return _changed_inputs(merge, manifest, done) + [
         f"tensor '{name}': computed again it has other bytes" for name in sorted(done.keys() | manifest.tensors.keys())
         if name not in done or done[name].hash != manifest.tensors.get(name)]
 
 
+def _check_places(config: MergeConfig, manifest: MergeManifest) -> None:
+    """A model that was a folder is never looked for on the Hub. Raises ModelError."""
+    local = {one.label for one in manifest.inputs if one.local}
+    lost = [str(reference) for reference in config.models if str(reference) in local and not Path(reference.path).is_dir()]
+    if lost:
+        raise ModelError.of("these models were folders when they were merged, and are not there. Run it from the folder where "
+                            "the merge was run, or put them back:", lost)
+
+
+def place_for(out: Path | str) -> Path:
+    """The folder to make, as an absolute path. Raises OutputError for one that cannot be made in one step."""
+    if Path(out).is_symlink() and not Path(out).exists():
+        raise OutputError(f"{out} is a link to nothing. Remove it, or choose another output folder.")
+    place = Path(out).resolve()
+    if place == Path.cwd():
+        raise OutputError(f"{out} is the folder that you are in. A result appears by renaming a finished folder: give the name "
+                          "of a new one.")
+    if os.path.ismount(place):
+        raise OutputError(f"{out} is the root of a file system. A result appears by renaming a finished folder: give the name "
+                          "of a new one in it.")
+    return place
+
+
 def text_of(config: Path | str | Mapping[str, Any]) -> str:
     """The YAML of a config, to keep beside the result."""
     if isinstance(config, Mapping):
-        return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        try:
+            return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"merge config: {error}. Give text, numbers, lists and mappings only (`str(path)` for a path)."
+                              ) from error
     try:
         return Path(config).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -235,24 +262,11 @@ def text_of(config: Path | str | Mapping[str, Any]) -> str:
         raise RecipeError(f"merge config {config}: not text in UTF-8 ({error}).") from error
 
 
-def parsed(config: Path | str | Mapping[str, Any] | None, text: str, allow_unknown_keys: bool) -> MergeConfig:
+def parsed(config: Path | str | Mapping[str, Any], text: str, allow_unknown_keys: bool) -> MergeConfig:
     """The config, validated. Relative paths count from the working folder, then from the config's own."""
     if isinstance(config, (Path, str)):
         return load_config(Path(config), allow_unknown_keys=allow_unknown_keys)
     return read_config(text, allow_unknown_keys=allow_unknown_keys)
-
-
-@contextmanager
-def converting(options: Options, out: Path) -> Iterator[Options]:
-    """Where pickled weights are allowed, they are written anew beside the result for as long as the merge takes."""
-    if options.converted is None:
-        yield options
-        return
-    place = out.with_name(out.name + ".converted")
-    try:
-        yield replace(options, converted=place)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _recorded(prepared: Prepared, text: str, options: Options) -> dict[str, Any]:
@@ -274,7 +288,7 @@ def _changed_inputs(merge: Merge, manifest: MergeManifest, done: Mapping[str, Do
 
 def _forecast(prepared: Prepared, settings: Settings, out: Path) -> list[str]:
     merge, plan = prepared.merge, prepared.merge.plan
-    memory = plan_memory(plan.steps, settings.memory, settings.threads)
+    memory = memory_for(merge, plan.steps, settings)
     methods: dict[str, int] = {}
     for step in plan.steps:
         methods[step.wanted.method or "copied"] = methods.get(step.wanted.method or "copied", 0) + 1
@@ -298,16 +312,19 @@ def _forecast(prepared: Prepared, settings: Settings, out: Path) -> list[str]:
 def write(merge: Merge, folder: OutputFolder, settings: Settings, recorded: Mapping[str, Any],
           progress: Callable[[Progress], None] | None = None) -> MergeManifest:
     """Stream a merge into its folder and publish it. `recorded` are the manifest's fields that say what was asked for."""
-    key = digest([recorded, [shard.header.hex() for shard in merge.plan.shards], _fingerprint(merge)])
-    plan_memory(merge.plan.steps, settings.memory, settings.threads)  # a limit too small costs no finished work
+    key = digest([recorded, [shard.header.hex() for shard in merge.plan.shards], _fingerprint(merge), __version__,
+                  settings.device.split(":")[0], settings.allow_nonfinite])
+    memory_for(merge, merge.plan.steps, settings)  # a limit too small costs no finished work
     with folder.opened(key):
         try:
             done = stream(merge, folder, settings, progress)
             read = input_hashes(merge, done)
         except OutputError:
             raise
-        except AnabranchError:  # config or inputs are at fault, and mended ones will not fit what is written
-            folder.abandon()
+        except AnabranchError as error:
+            # Config or inputs are at fault, and mended ones will not fit what is written; a read that failed may succeed.
+            if not isinstance(error.__cause__, OSError):
+                folder.abandon()
             raise
         return folder.publish(lambda files: _manifest(merge, done, read, recorded, files))
 
@@ -335,9 +352,10 @@ def verify_files(folder: Path) -> list[str]:
             problems.append(f"tensor '{name}' of {checkpoint.tensors[name].file}: not made by the merge")
         elif hash_of(checkpoint, name) != manifest.tensors[name]:
             problems.append(f"tensor '{name}' of {folder / checkpoint.tensors[name].file}: changed since the merge")
-    read = {info.file for info in checkpoint.tensors.values()}
-    return problems + [f"{path}: not made by the merge" for path in sorted(folder.glob("*.safetensors"))
-                       if path.name not in read]
+    ours = {info.file for info in checkpoint.tensors.values()} | manifest.files.keys() | {MANIFEST}
+    added = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return problems + [f"{folder / name}: not made by the merge" for name in added
+                       if name not in ours and not any(part.startswith(".") for part in name.split("/"))]
 
 
 def hash_of(checkpoint: Checkpoint, name: str) -> str | None:
@@ -386,8 +404,9 @@ def dtypes_of(checkpoint: Checkpoint) -> str:
 def _fingerprint(merge: Merge) -> list[list[Any]]:
     """Tells changed inputs for the journal, without reading them. Never part of an artifact."""
     folders = [*(one.folder for one in merge.inputs), *(one.adapter for one in merge.inputs if one.adapter)]
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for folder in folders
-            for path in sorted(folder.glob("*.safetensors"))]
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    files += [path for paths in merge.companions.values() for path in paths]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _manifest(merge: Merge, done: Mapping[str, Done], read: Sequence[str], recorded: Mapping[str, Any],
@@ -399,7 +418,7 @@ def _manifest(merge: Merge, done: Mapping[str, Done], read: Sequence[str], recor
         parameters=merge.plan.parameters,
         displacement=moved[0] if moved else None,
         branch_displacements=moved[1:],
-        inputs=[MergeInput(label=one.label, hash=hashed)
+        inputs=[MergeInput(label=one.label, hash=hashed, local=one.local)
                 for one, hashed in zip(merge.inputs, read, strict=True)],
         tensors={name: result.hash for name, result in done.items()},
         files=files,
@@ -412,10 +431,11 @@ def input_hashes(merge: Merge, done: Mapping[str, Done] | None = None) -> list[s
     Raises CorruptedError for a tensor that is not what its folder's own manifest says.
     """
     known = {key: value for result in (done or {}).values() for key, value in result.inputs.items()}
-    used = sorted({source for step in merge.plan.steps for source in step.wanted.sources},
+    used = sorted({source for step in merge.plan.steps for source in step.wanted.sources} | set(merge.read_also),
                   key=lambda source: (source.input, source.name))
     vouched = [vouched_for(checkpoint.folder) for checkpoint in merge.opened]
-    tables: list[dict[str, str]] = [{} for _ in merge.inputs]
+    tables: list[dict[str, str]] = [{f"file {path.name}": file_digest(path) for path in merge.companions.get(i, ())}
+                                    for i in range(len(merge.inputs))]
     for source in used:
         found = known.get(f"{source.input} {source.name}") or hash_of(merge.opened[source.input], source.name) or ""
         check_input(merge, vouched, source, found)

@@ -175,7 +175,8 @@ class OutputFolder:
     def _resume(self, key: str) -> None:
         """Fill `done` from the journal of the temporary folder if it is of this merge; else begin with an empty one."""
         names = {path.name for path in self.partial.iterdir()}
-        if names and JOURNAL not in names and MANIFEST not in names and not all(n.startswith(f".{JOURNAL}") for n in names):
+        finished = MANIFEST in names and _is_ours(self.partial / MANIFEST)  # killed between the journal's end and the rename
+        if names and JOURNAL not in names and not finished and not all(n.startswith(f".{JOURNAL}") for n in names):
             raise OutputError(f"{self.partial} is needed for writing, and holds files that no merge put there. Move them "
                               "away or choose another output folder.")
         path = self.partial / JOURNAL
@@ -237,6 +238,14 @@ def vouched_for(folder: Path) -> dict[str, str]:
         return MergeManifest.load(folder / MANIFEST).tensors
     except CorruptedError:
         return {}
+
+
+def _is_ours(manifest: Path) -> bool:
+    try:
+        MergeManifest.load(manifest)
+    except CorruptedError:
+        return False
+    return True
 
 
 def _journal_lines(path: Path) -> list[Any]:

@@ -4,6 +4,7 @@ found before the first byte is written."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,12 +49,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Options:
-    """How a config is taken. `converted`: where pickled weights may be written anew; None refuses them."""
+    """How a config is taken. `allow_pickle`: .bin weights are read too, written anew as safetensors in a cache."""
 
     seed: int = 0
     max_shard_size: int = 5 * 10**9
     allow_mixed: bool = False
-    converted: Path | None = None
+    allow_pickle: bool = False
 
 
 def prepare(config: MergeConfig, text: str, options: Options) -> Prepared:
@@ -72,8 +73,9 @@ def prepare(config: MergeConfig, text: str, options: Options) -> Prepared:
     warnings += [*assembly.warnings, *(tokens.warnings if tokens else [])]
     readers = _readers(assembly.wanted, opened, adapters, tokens)
     plan = lay_out(assembly.wanted, options.max_shard_size, opened[donor].stem)
-    merge = Merge(inputs[:count], tuple(opened[:count]), plan, options.seed, readers,
-                  {i: Checkpoint.of_file(path) for i, path in assembly.fisher.items()})
+    merge = Merge(inputs, tuple(opened), plan, options.seed, readers,
+                  {i: Checkpoint.of_file(path) for i, path in assembly.fisher.items()},
+                  _companions(inputs, assembly, tokens is not None), _read_for_rows(assembly.wanted, opened, tokens))
     warnings += _turned_rows(config, assembly.wanted, tokens)
     if tokens is None:
         warnings += tokenizers.tokenizer_differences([c.folder for c in opened[:count]], [i.label for i in inputs[:count]],
@@ -99,19 +101,24 @@ def _inputs(references: Sequence[Reference], options: Options) -> tuple[Input, .
     """Every folder that the config names, downloaded where it is on the Hub. All that are missing are named at once."""
     problems = [problem for reference in references for problem in reference.problems]
     found = []
-    for number, reference in enumerate(references):
+    for reference in references:
         if reference.problems:
             continue
         try:
-            folder = resolve(reference.path, reference.revision,
-                             converted=options.converted / str(number) if options.converted else None)
+            converted = converted_weights() if options.allow_pickle else None
+            folder = resolve(reference.path, reference.revision, converted=converted)
             adapter = resolve(reference.adapter, reference.adapter_revision) if reference.adapter else None
-            found.append(Input(str(reference), folder, adapter))
+            found.append(Input(str(reference), folder, adapter, Path(reference.path).is_dir()))
         except ModelError as error:
             problems.append(str(error))
     if problems:
         raise ModelError.of("these models cannot be found:", problems) if len(problems) > 1 else ModelError(problems[0])
     return tuple(found)
+
+
+def converted_weights() -> Path:
+    """Where pickled weights are kept once they are converted: the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anabranch" / "converted"
 
 
 def _opened(config: MergeConfig, inputs: Sequence[Input]) -> tuple[list[Checkpoint], dict[int, Adapter], list[str]]:
@@ -242,6 +249,28 @@ def _rows(opened: Sequence[Checkpoint], adapters: Mapping[int, Adapter], names: 
         low, high = (int(indices.min()), int(indices.max()) + 1) if len(indices) else (0, 0)
         return adapters[number].folded(name, slice(low, high))[torch.from_numpy(indices - low)]
     return opened[number].read(name)[torch.from_numpy(indices)].float()
+
+
+def _companions(inputs: Sequence[Input], assembly: Assembly, tokenizers_too: bool) -> dict[int, tuple[Path, ...]]:
+    """Files beside an input's weights whose bytes decide those of the result."""
+    found: dict[int, tuple[Path, ...]] = {}
+    for i, one in enumerate(inputs):
+        folders = [one.adapter] if one.adapter is not None else []
+        paths = [folder / name for folder in folders for name in ("adapter_config.json", "adapter_model.safetensors")]
+        if tokenizers_too:
+            paths += [one.folder / name for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")]
+        paths += [assembly.fisher[i]] if i in assembly.fisher else []
+        found[i] = tuple(path for path in paths if path.is_file())
+    return found
+
+
+def _read_for_rows(wanted: Sequence[Wanted], opened: Sequence[Checkpoint],
+                   tokens: tokenizers.TokenizerPlan | None) -> tuple[Source, ...]:
+    """Embeddings of which single rows are read, besides those that are merged."""
+    if tokens is None:
+        return ()
+    return tuple(Source(i, name) for tensor in wanted if tensor.embedding for name in [tensor.sources[0].name]
+                 for i in range(len(opened)) if i in tokens.own and name in opened[i].tensors)
 
 
 def _turned_rows(config: MergeConfig, wanted: Sequence[Wanted], tokens: tokenizers.TokenizerPlan | None) -> list[str]:

@@ -1,4 +1,8 @@
-"""Fisher information beside a model: one safetensors file, with a tensor of the same name and shape for each that is merged."""
+"""Fisher information beside a model: one safetensors file, with a tensor of the same name and shape for each that is merged.
+
+Its numbers are mean squared gradients: float32, float16 or bfloat16, finite and >= 0. Names, shapes and dtypes are checked
+here; the numbers when they are read, by the method.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from anabranch.engine.blocks import MERGED
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.wanted import Wanted
 
@@ -21,7 +26,9 @@ def sidecar_problems(files: Mapping[int, Path], wanted: Sequence[Wanted], labels
         who = f"{path} (fisher of {labels[i]})"
         try:
             with safe_open(path, framework="pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
+                dtypes = {name: str(one.get_dtype()) for name, one in slices.items()}
         except Exception as error:  # safetensors raises its own type, the operating system another
             problems.append(f"{who}: cannot be read ({error})")
             continue
@@ -32,6 +39,10 @@ def sidecar_problems(files: Mapping[int, Path], wanted: Sequence[Wanted], labels
         other = [n for n in names if n in shapes and shapes[n] != inputs[i].tensors[n].shape]
         if other:
             problems.append(f"{who}: another shape than the model's has {_some(other)}")
+        unread = [n for n in names if n in shapes and dtypes[n] not in MERGED]
+        if unread:
+            problems.append(f"{who}: holds {', '.join(sorted({dtypes[n] for n in unread}))} in {_some(unread)}; wanted mean "
+                            f"squared gradients, finite numbers >= 0, as {', '.join(MERGED)}. Save the file in one of these")
     return problems
 
 

@@ -12,9 +12,12 @@ many workers there are, on how large a block is, or on what was written before a
 from __future__ import annotations
 
 import queue
+import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,8 @@ class Merge:
     readers    (tensor of the result, source) -> how to read it, where that is not simply what its file holds: an adapter
                folded in, rows moved
     fisher     number of an input -> the checkpoint that holds its Fisher information
+    companions number of an input -> files beside its weights whose bytes decide those of the result
+    read_also  tensors of which something is read without being merged
     """
 
     inputs: tuple[Input, ...]
@@ -51,6 +56,8 @@ class Merge:
     seed: int = 0
     readers: Mapping[tuple[str, Source], Callable[[Buffers], Reader]] = field(default_factory=dict)
     fisher: Mapping[int, Checkpoint] = field(default_factory=dict)
+    companions: Mapping[int, tuple[Path, ...]] = field(default_factory=dict)
+    read_also: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,8 @@ def stream(merge: Merge, output: OutputFolder | None, settings: Settings,
     """
     finished = dict(output.done) if output is not None else {}
     steps = [step for step in merge.plan.steps if step.name not in finished]
-    job = _Job(merge, output, settings, plan_memory(steps, settings.memory, settings.threads), finished)
+    job = _Job(merge, output, settings, memory_for(merge, steps, settings), finished)
+    _allow_open_files(merge)
     total = sum(step.stop - step.start for step in merge.plan.steps)
     done = total - sum(step.stop - step.start for step in steps)
     threads = torch.get_num_threads()
@@ -105,11 +113,28 @@ def stream(merge: Merge, output: OutputFolder | None, settings: Settings,
     return {step.name: finished[step.name] for step in merge.plan.steps}
 
 
+def memory_for(merge: Merge, steps: Sequence[Step], settings: Settings) -> MemoryPlan:
+    """The memory plan of some of a merge's steps. Raises RecipeError where the limit is too small."""
+    size = sum(step.stop - step.start for step in merge.plan.steps)
+    fused = size >= FUSED_FROM if settings.fused is None else settings.fused
+    return plan_memory(steps, settings.memory, settings.threads, fused and settings.device == "cpu")
+
+
+def _allow_open_files(merge: Merge) -> None:
+    """All weight files of all inputs stay open. Many systems allow 1,024 where more may be had for the asking."""
+    wanted = 64 + len(merge.plan.shards) + sum(len({t.file for t in c.tensors.values()}) for c in merge.opened)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
+
+
 def check_device(device: str) -> None:
     """Raises RecipeError for a device that torch does not have here."""
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if torch.ones(1, device=device).item() != 1:
+            raise RuntimeError("it does not hold numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"--device {device}: torch cannot use it here ({reason}). Wanted cpu, or cuda where there is one."
                           ) from error
@@ -126,9 +151,15 @@ def check_input(merge: Merge, vouched: Sequence[Mapping[str, str]], source: Sour
 
 
 def branch_keys(inputs: Sequence[Input]) -> list[str]:
-    """The name under which each input draws random numbers: the last part of its label where that is unique."""
-    short = [one.label.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] for one in inputs]
-    return [name if short.count(name) == 1 else one.label for name, one in zip(short, inputs, strict=True)]
+    """The name under which each input draws random numbers: the shortest end of its path (or of its id on the Hub) that
+    tells it from the others, so that it does not matter where the models lie together, or how their paths are spelled."""
+    parts = [one.folder.resolve().parts if one.local else tuple(one.label.split("/")) for one in inputs]
+    adapters = [f"+{one.adapter.name}" if one.adapter is not None else "" for one in inputs]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(p[-depth:]) + adapter for p, adapter in zip(parts, adapters, strict=True)]
+        if len(set(names)) == len(names):
+            return names
+    return [one.label for one in inputs]
 
 
 def _worked(job: _Job, steps: Sequence[Step]) -> Iterator[tuple[Step, int | Done]]:
@@ -154,10 +185,10 @@ def _worked(job: _Job, steps: Sequence[Step]) -> Iterator[tuple[Step, int | Done
         told.put((None, None))
 
     workers = [threading.Thread(target=work, daemon=True) for _ in range(max(1, min(job.settings.threads, len(steps))))]
-    for worker in workers:
-        worker.start()
     running, failed = len(workers), None
     try:
+        for worker in workers:
+            worker.start()
         while running:
             step, result = told.get()
             if step is not None and failed is None:
@@ -170,8 +201,8 @@ def _worked(job: _Job, steps: Sequence[Step]) -> Iterator[tuple[Step, int | Done
             raise failed
     finally:
         job.stopped = True
-        for worker in workers:
-            worker.join()
+        for worker in [w for w in workers if w.ident is not None]:
+            worker.join()  # a thread that still computes when the interpreter ends takes the process down with it
 
 
 class _Stopped(Exception):
@@ -194,8 +225,7 @@ class _Job:
         self.keys = branch_keys(self.merge.inputs)
         self.budget = Budget(self.memory.room)
         self.lock = threading.Lock()
-        size = sum(step.stop - step.start for step in self.merge.plan.steps)
-        self.fused = size >= FUSED_FROM if self.settings.fused is None else self.settings.fused
+        self.fused = self.memory.fused
         self.hashed = {key for done in self.finished.values() for key in done.inputs}
         self.vouched = [vouched_for(checkpoint.folder) for checkpoint in self.merge.opened]
 
@@ -213,7 +243,7 @@ class _Job:
             for block in self._stack(step, buffers):
                 if not (finite(block.branches) and (block.base is None or finite(block.base))):
                     raise self._not_finite(step, block) from error
-            raise
+            raise RecipeError(f"tensor '{step.name}': {step.wanted.method}: {error}") from error
         finally:
             if kind_of(step) == "tensor":
                 buffers.drop()

@@ -16,11 +16,13 @@ class Input:
     """A model that a merge reads: its folder, and the LoRA adapter to fold into it, if one is named.
 
     `label` is how messages and the model card call it: what the config says, never a path of this machine's cache.
+    `local`: the config names a folder, not a repository of the Hub.
     """
 
     label: str
     folder: Path
     adapter: Path | None = None
+    local: bool = True
 
 
 @dataclass(frozen=True)

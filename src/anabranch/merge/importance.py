@@ -21,7 +21,7 @@ from anabranch.merge import Argument, BlockKind, merge_method, streams
 from anabranch.merge.combination import Combination
 from anabranch.merge.consensus import agreeing
 from anabranch.merge.rank_passes import changed_entries, fusible, importance_quantiles, selected_energies, variance_cut
-from anabranch.merge.select import Cut, above, largest
+from anabranch.merge.select import NAN, Cut, above, largest
 from anabranch.merge.spherical import dots
 from anabranch.merge.stack import Block, Blockwise, Stack, Total, WholeStack, gram
 
@@ -174,7 +174,8 @@ def _elected(stack: Stack, sums: Float[Tensor, " k"], cut: Cut | None, floor: fl
     whole = math.fsum(energies)
     if whole < floor or whole == 0:
         return Elected(cut, (1.0 / stack.k,) * stack.k)
-    return Elected(cut, tuple(e / whole for e in energies))
+    # A NaN without the sign and payload that it got on its way here: those differ between the fused kernels and torch.
+    return Elected(cut, tuple(math.nan if math.isnan(e / whole) else e / whole for e in energies))
 
 
 def _variance(block: Block) -> Float[Tensor, " 1 *n"]:
@@ -448,7 +449,7 @@ def _order_statistics(stack: Stack, places: list[int]) -> list[float]:
     for block in stack:
         i = _importance(block)
         if bool(i.isnan().any()):
-            raise ValueError("a NaN among the numbers to be ranked")
+            raise ValueError(NAN)
         negative, least = negative + int((i < 0).sum()), min(least, float(i.min()))
     up, down = largest(stack, sides, [[stack.numel - place for place in places], [place + 1 for place in places]])
     return [least if place == 0 else -d.value if place < negative else u.value

@@ -92,7 +92,7 @@ def _histogram(stack: Stack, of: Callable[[Block], Tensor], m: int) -> Int64[Ten
         counted += torch.bincount(upper.reshape(-1), minlength=m * UPPER).cpu()
     table = counted.reshape(m, UPPER)
     if of is not magnitudes and int(table[:, 0x7F80 + 1:].sum()):
-        raise ValueError("a NaN among the numbers to be ranked")
+        raise ValueError(NAN)
     return table
 
 

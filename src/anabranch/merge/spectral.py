@@ -238,7 +238,8 @@ def _deltas(branches: Tensor, base: Tensor, weights: Tensor) -> tuple[list[Tenso
     """Task vectors and weights of the branches whose weight is not 0. Raises ValueError for one that is not finite."""
     chosen = [(branch - base, w) for branch, w in zip(branches, finite(weights), strict=True) if w != 0]
     if not all(bool(d.isfinite().all()) for d, _ in chosen):
-        raise ValueError("a NaN or an infinity among the inputs: such a matrix has no singular values")
+        raise ValueError("a NaN or an infinity in an input, or in its difference from the base: such a matrix has no singular "
+                         "values. Find which input has it, and make or fetch that one again")
     return [d for d, _ in chosen], [w for _, w in chosen]
 
 

@@ -227,8 +227,10 @@ def multislerp_streamed(stack: Stack, weights: Tensor, *, normalize: bool = True
     if length <= max(eps**2, CANCELLED * math.fsum((u * n) ** 2 for u, n in zip(units, norms, strict=True))):
         if stack.k == 2:
             return Combination(tuple(w), anchored=anchored)
-        raise ValueError(f"the directions of the {stack.k} branches cancel under weights {w}, so they have no mean. "
-                         "Merge this tensor by another method, or change the weights")
+        given = ", ".join(f"{v:.4g}" for v in w)
+        raise ValueError(f"the directions in which the {stack.k} models point cancel under their weights here ({given}), so "
+                         "there is no mean direction. Give this tensor other weights (in a config: a `weight` with a `filter` "
+                         "that is a piece of its name), or merge by linear or karcher, which need no such direction")
     mean = math.fsum(v * n for v, n in zip(w, norms, strict=True)) / math.sqrt(length)
     return Combination(tuple(mean * u for u in units), anchored=anchored)
 

@@ -3,8 +3,8 @@
     k   branches          n   entries of a block, or [rows, columns], or the whole shape
 
 Blocks come in order, and begin at multiples of CHUNK entries ("entry" blocks) or of a row ("row" blocks). A sum that
-must not depend on how a tensor was cut is formed by `chunk_sums`: float32 sums over runs of CHUNK entries, which are
-then added in float64, in order.
+must not depend on how a tensor was cut is formed by `Total`: float32 sums over runs of RUN entries, which are then added
+in float64, in order.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class RowMap:
     def size(self) -> int:
         return len(self.input)
 
-    @property
+    @cached_property
     def is_padded(self) -> bool:
         """Whether any row is the mean of all others, so that `padding_row` has something to do."""
         return bool((self.input == PADDING).any())
@@ -174,17 +175,19 @@ def padding_row(row_map: RowMap, read: Read) -> Tensor:
 
 def _means(row_map: RowMap, means: np.ndarray, read: Read) -> Tensor:
     """Means number `means`, float32 [len(means), width]: a float64 sum in the order of the inputs, rounded once."""
-    starts, stops = row_map.mean_starts[means], row_map.mean_starts[means + 1]
+    starts = row_map.mean_starts[means]
+    held = row_map.mean_starts[means + 1] - starts
+    # Only the pairs of these means, whose number is that of the rows asked for: pair p belongs to means[of[p]].
+    of = np.repeat(np.arange(len(means)), held)
+    pairs = np.arange(len(of)) + np.repeat(starts - np.cumsum(held) + held, held)
+    inputs, numbers = row_map.mean_inputs[pairs], row_map.mean_rows[pairs]
     total: Tensor | None = None
-    for input_ in np.unique(row_map.mean_inputs):
-        # At most one pair of a mean is this input's; its place within the mean is found by counting.
-        pairs = np.flatnonzero(row_map.mean_inputs == input_)
-        at = np.searchsorted(pairs, starts)
-        held = (at < len(pairs)) & (pairs[np.minimum(at, len(pairs) - 1)] < stops)
-        values = read(int(input_), row_map.mean_rows[pairs[at[held]]]).double()
+    for input_ in np.unique(inputs):
+        mine = np.flatnonzero(inputs == input_)  # at most one pair of each mean
+        values = read(int(input_), numbers[mine]).double()
         if total is None:
             total = values.new_zeros(len(means), *values.shape[1:])
-        total[torch.from_numpy(np.flatnonzero(held))] += values
+        total[torch.from_numpy(of[mine])] += values
     assert total is not None
-    counts = torch.from_numpy(stops - starts).to(total).reshape(-1, *[1] * (total.ndim - 1))
+    counts = torch.from_numpy(held).to(total).reshape(-1, *[1] * (total.ndim - 1))
     return (total / counts).float()
