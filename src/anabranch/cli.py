@@ -26,8 +26,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Measure gradient conflict in an instruction mixture, split it, train branches that never talk, merge once, "
          "and say whether it paid.")
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="the recipe (YAML); `anabranch init` writes one")]
 RunFolder = Annotated[Path, typer.Argument(help="the run folder: the recipe's `output`")]

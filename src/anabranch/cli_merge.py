@@ -18,11 +18,11 @@ from rich.markup import escape
 
 from anabranch.errors import AnabranchError
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
-Memory = Annotated[str | None, typer.Option(help="most memory that the process may take, such as 512MB; by default half of "
-                                                 "what is there")]
+Memory = Annotated[str | None, typer.Option(help="most memory that the process may take for itself, such as 512MB (libraries "
+                                                 "and files that are mapped do not count); by default half of what is there")]
 Threads = Annotated[int | None, typer.Option(help="workers; by default one per core, at most 8", min=1, max=256)]
 Device = Annotated[str, typer.Option(help="where the sums are formed: cpu, cuda, cuda:1")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but errors")]
@@ -92,7 +92,8 @@ def verify(
 ) -> None:
     """Are these the bytes that its manifest promises, and does the merge give them again? Exit code 1 if not.
 
-    Paths in the config count from the working folder: run it where the merge was run.
+    The models must still be where they were: paths in the config count from the working folder, and from where they did
+    when the merge was run.
     """
     with _reported(as_json):
         with _imports():
@@ -134,9 +135,13 @@ def _imports() -> Iterator[None]:
     """Importing torch makes half a million objects that live to the end; having the collector look at them again and
     again, also on the way out, takes a quarter of a small merge's time."""
     gc.disable()
+    # A stop raised inside an import leaves libraries half imported, and some swallow it: until then it simply ends.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         gc.freeze()
         gc.enable()
 

@@ -72,7 +72,8 @@ class OutputError(AnabranchError):
 def closest(name: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' or the list of what is known, for the end of a message."""
     known = sorted(set(known))
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    lower = {one.casefold(): one for one in known}
+    match = [lower[m] for m in difflib.get_close_matches(name.casefold(), lower, n=1, cutoff=0.5)]
     return f" Did you mean `{match[0]}`?" if match else f" Known: {', '.join(known)}."
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -156,12 +157,42 @@ def test_equals_peft(tmp_path, adapters, variety):
     assert changed == set(adapter.names) and changed
 
 
-def test_what_is_replaced(adapters):
+def test_what_is_touched(adapters):
     base, folder = adapters("modules to save")
     adapter = Adapter.open(folder, Checkpoint.open(base))
-    assert {n for n in adapter.names if adapter.replaces(n)} == {
+    assert {n for n in adapter.names if "_proj" not in n} == {
         "model.embed_tokens.weight", "lm_head.weight"} | {n for n in adapter.base.tensors if "norm" in n}
-    assert not adapter.replaces("model.layers.0.self_attn.q_proj.weight") and not adapter.touches("nothing")
+    assert adapter.touches("model.layers.0.self_attn.q_proj.weight") and not adapter.touches("nothing")
+
+
+@pytest.mark.parametrize("variety", ["embedding", "tied embedding", "modules to save", "some tokens", "expert parameters",
+                                     "lora bias"])
+def test_rows_are_those_of_the_whole(adapters, monkeypatch, variety):
+    monkeypatch.setattr("anabranch.engine.adapter.CHUNK", 48)  # three rows of 16 at a time
+    base, folder = adapters(variety)
+    adapter, random = Adapter.open(folder, Checkpoint.open(base)), np.random.default_rng(0)
+    for name in adapter.names:
+        whole = adapter.folded(name)
+        every = np.arange(len(whole))
+        for indices in (every, every[::-1], every[:0], random.integers(0, len(whole), 30), np.array([len(whole) - 1, 0])):
+            rows = adapter.rows(name, indices)
+            assert rows.dtype == torch.float32 and rows.equal(whole[torch.from_numpy(indices.copy())]), name
+
+
+def test_rows_far_apart_form_no_more_than_themselves(adapters, monkeypatch):
+    base, folder = adapters("embedding")
+    adapter = Adapter.open(folder, Checkpoint.open(base))
+    asked: list[int] = []
+    entries = Adapter.entries
+
+    def counted(self: Adapter, name: str, start: int, stop: int) -> torch.Tensor:
+        asked.append(stop - start)
+        return entries(self, name, start, stop)
+
+    monkeypatch.setattr("anabranch.engine.adapter.CHUNK", 64)  # four rows
+    monkeypatch.setattr(Adapter, "entries", counted)
+    assert adapter.rows("model.embed_tokens.weight", np.array([39, 0, 17])).shape == (3, 16)
+    assert asked == [16, 16, 16]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -209,6 +240,8 @@ def test_bits_of_a_large_matrix(tmp_path):
             torch.set_num_threads(threads)
             pieces = [adapter.folded(f"{name}.weight", slice(i, i + step)) for i in range(0, 1100, step)]
             assert torch.cat(pieces).equal(whole)
+            indices = np.arange(1099, -1, -step)
+            assert adapter.rows(f"{name}.weight", indices).equal(whole[torch.from_numpy(indices)])
     finally:
         torch.set_num_threads(before)
 

@@ -727,6 +727,12 @@ def test_fisher_sidecars_are_held_to_their_models(models):
         plan(models, f"merge_method: fisher\nmodels: {json.dumps(entry)}")
     assert f"(fisher of b): has no '{UP.format(1)}'" in str(caught.value)
     assert f"another shape than the model's has '{Q.format(0)}'" in str(caught.value)
+    save_file(full | {Q.format(0): full[Q.format(0)].double(), UP.format(1): full[UP.format(1)].int()}, models / "b.safetensors")
+    with pytest.raises(RecipeError) as caught:
+        plan(models, f"merge_method: fisher\nmodels: {json.dumps(entry)}")
+    message = str(caught.value)
+    assert f"(fisher of b): holds F64, I32 in '{Q.format(0)}', '{UP.format(1)}'; wanted" in message
+    assert ">= 0, as F32, F16, BF16" in message
     result = plan(models, f"merge_method: fisher\nmodels: {json.dumps(entry[:1])}")
     assert result.fisher == {0: models.resolve() / "a.safetensors"} and by_name(result)[UP.format(0)].weights == (1.0,)
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from anabranch.engine import fetch
 from anabranch.engine.checkpoint import Checkpoint
-from anabranch.engine.fetch import quantisation, refuse_quantised, resolve
+from anabranch.engine.fetch import convert, quantisation, resolve
 from anabranch.errors import AnabranchError, CorruptedError, ModelError
 
 STATE = {"model.embed_tokens.weight": torch.arange(12.0).view(4, 3).bfloat16(), "b": torch.tensor(7), "h": torch.ones(2).half(),
@@ -125,7 +125,6 @@ def test_pickles_become_safetensors(tmp_path, zipped):
     folder = model(tmp_path / "m", a=1)
     torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "code.py").write_text("")
     assert resolve(folder) == folder  # refused when it is opened, in the words of Checkpoint
     with pytest.raises(ModelError, match="Pickle files are refused"):
         Checkpoint.open(resolve(folder))
@@ -137,6 +136,49 @@ def test_pickles_become_safetensors(tmp_path, zipped):
     assert (made / "model.safetensors").stat().st_mtime_ns == before and len(list((tmp_path / "made").iterdir())) == 1
     torch.save({"a": torch.zeros(1)}, folder / "pytorch_model.bin")
     assert equal(resolve(folder, converted=tmp_path / "made"), {"a": torch.zeros(1)})
+
+
+def test_code_and_further_templates_go_along_and_do_not_run(tmp_path):
+    """Without the module that `auto_map` names the result could not be loaded."""
+    folder = model(tmp_path / "m", auto_map={"AutoConfig": "configuration_m.MConfig"})
+    torch.save(STATE, folder / "pytorch_model.bin")
+    beside = {"configuration_m.py": "raise SystemExit('code ran')", "additional_chat_templates/tools.jinja": "{{ x }}",
+              "training_args.bin": "", "extra/notes.txt": ""}
+    for name, text in beside.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    made = convert(folder, tmp_path / "made")
+    for name in ("configuration_m.py", "additional_chat_templates/tools.jinja"):
+        assert (made / name).read_text() == beside[name]
+    assert sorted(p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()) == [
+        "additional_chat_templates/tools.jinja", "config.json", "configuration_m.py", "model.safetensors"]
+
+
+def test_two_conversions_at_once(tmp_path, monkeypatch):
+    """One begins, and while it writes another begins and is done: the first takes what the other made."""
+    folder, into, write = model(tmp_path / "m"), tmp_path / "made", fetch._write
+    torch.save(STATE, folder / "pytorch_model.bin")
+    others: list[tuple[Path, int]] = []
+
+    def slow(path: Path, tensors: Any) -> None:
+        monkeypatch.setattr(fetch, "_write", write)
+        other = convert(folder, into)
+        others.append((other, other.stat().st_ino))
+        write(path, tensors)
+
+    monkeypatch.setattr(fetch, "_write", slow)
+    made = convert(folder, into)
+    assert others == [(made, made.stat().st_ino)] and equal(made, STATE)
+    assert list(into.iterdir()) == [made]
+
+
+def test_a_kept_conversion_follows_the_files_beside_the_weights(tmp_path):
+    folder = model(tmp_path / "m", a=1)
+    torch.save(STATE, folder / "pytorch_model.bin")
+    first = convert(folder, tmp_path / "made")
+    model(folder, a=234)
+    second = convert(folder, tmp_path / "made")
+    assert [json.loads((made / "config.json").read_text()) for made in (first, second)] == [{"a": 1}, {"a": 234}]
 
 
 def test_sharded_pickles(tmp_path):
@@ -202,9 +244,7 @@ PACKED: list[tuple[dict[str, Any], dict[str, torch.Tensor], str]] = [
 @pytest.mark.parametrize("config, tensors, wanted", PACKED, ids=[p[2] for p in PACKED])
 def test_quantised_weights_are_named(tmp_path, config, tensors, wanted):
     save_file(tensors, model(tmp_path, **config) / "model.safetensors")
-    with pytest.raises(ModelError) as caught:
-        refuse_quantised(Checkpoint.open(tmp_path))
-    assert wanted in str(caught.value) and str(tmp_path) in str(caught.value) and "before it was quantised" in str(caught.value)
+    assert wanted in (quantisation(Checkpoint.open(tmp_path)) or "")
 
 
 def test_plain_weights_and_buffers_are_not_quantised(tmp_path):
@@ -212,8 +252,7 @@ def test_plain_weights_and_buffers_are_not_quantised(tmp_path):
               model(tmp_path) / "model.safetensors")
     assert quantisation(Checkpoint.open(tmp_path)) is None
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"load_in_8bit": True}}))
-    with pytest.raises(ModelError, match="take `quantization_config` out"):
-        refuse_quantised(Checkpoint.open(tmp_path))
+    assert quantisation(Checkpoint.open(tmp_path)) == "quantised 8-bit by config.json's `quantization_config`"
 
 
 def test_reading_needs_neither_transformers_nor_peft():

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,41 @@ def test_rows_by_index_are_those_one_at_a_time(seed: int) -> None:
         assert torch.equal(torch.cat(pieces), whole)
     same = torch.stack([(expected[i] == expected[0]).all(1) for i in expected]).all(0).numpy()
     assert not (made.owned & ~same).any()
+
+
+class Pairs(np.ndarray):
+    """Pairs that may be looked up, and not be gone through."""
+
+    def __array_ufunc__(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("all pairs are gone through")
+
+    __array_function__ = __array_ufunc__
+
+    def __getitem__(self, which: Any) -> Any:
+        return np.asarray(self).view(np.ndarray)[which]
+
+
+def test_rows_look_at_no_more_means_than_are_asked_for() -> None:
+    size = 1000
+    own = {i: np.arange(size) for i in range(3)}
+    none = Chosen(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
+    matrices = [torch.randn(size, 2, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    forced = np.ones(size, dtype=bool)
+    row_map = row_maps(own, base=None, chosen=none, forced=forced).maps[1]
+    guarded = replace(row_map, mean_inputs=row_map.mean_inputs.view(Pairs), mean_rows=row_map.mean_rows.view(Pairs))
+    with pytest.raises(AssertionError, match="gone through"):
+        np.unique(guarded.mean_inputs)
+    asked: list[int] = []
+
+    def read(number: int, which: np.ndarray) -> Tensor:
+        asked.append(len(which))
+        return matrices[number][torch.from_numpy(which)]
+
+    got = rows(guarded, 500, 516, read)
+    total = matrices[0].double()
+    for matrix in matrices[1:]:
+        total = total + matrix.double()
+    assert got.equal((total / 3).float()[500:516]) and max(asked) == 16
 
 
 def test_the_padding_row_is_one_sum_for_all_ranges() -> None:

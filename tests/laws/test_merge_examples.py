@@ -207,8 +207,8 @@ REFUSED = [
     ("passthrough", {"scale": NAN}, {}, "scale"),
     ("passthrough", {"scale": [1.0, 2.0]}, {}, "2 numbers for 1"),
     ("fisher", {}, {"weights": [0.5, -0.1, 0.6]}, "weights"),
-    ("fisher", {}, {"fisher": -1.0}, "fisher"),
-    ("fisher", {}, {"fisher": NAN}, "fisher"),
+    ("fisher", {}, {"fisher": -1.0}, "Fisher information"),
+    ("fisher", {}, {"fisher": NAN}, "Fisher information"),
     ("fisher", {}, {"weights": [0.0] * 3}, "not all 0"),
     ("slerp", {"t": NAN}, {}, "t: got"),
     ("nearswap", {"t": INF}, {}, "t: got"),
@@ -267,7 +267,7 @@ def test_a_number_of_branches_that_has_no_meaning_is_refused(name):
 
 def test_directions_that_cancel_are_refused_for_three_and_not_for_two():
     around = [[1.0, 0.0], [-0.5, math.sqrt(0.75)], [-0.5, -math.sqrt(0.75)]]
-    with pytest.raises(ValueError, match="cancel"):
+    with pytest.raises(ValueError, match=r"3 models .* cancel .*\(0.3333, 0.3333, 0.3333\).*`weight` with a `filter`.*linear"):
         merged("multislerp", around)
 
 
@@ -319,5 +319,13 @@ def test_a_nan_among_ranked_numbers_is_refused():
     for name in ("sce", "arcee_fusion"):
         given = inputs(name, (6,))
         given["branches"][0, 2] = NAN
-        with pytest.raises(ValueError, match="NaN"):
+        with pytest.raises(ValueError, match="a NaN among .*: an input holds a NaN or an infinity"):
             call(name, given)
+
+
+def test_fisher_information_below_zero_is_refused():
+    given = inputs("fisher", (6,))
+    for wrong in (-1e-9, NAN, INF):
+        given["fisher"][0, 2] = wrong
+        with pytest.raises(ValueError, match="Fisher information of model 1 of 3 .* mean of squared gradients, so each number is finite"):
+            call("fisher", given)

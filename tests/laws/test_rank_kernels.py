@@ -170,6 +170,24 @@ def test_ram(tmp_path, dtype, name, arguments, k, shape):
     agree(tmp_path, name, *tensors(k, shape, dtype), arguments)
 
 
+@dtypes
+@pytest.mark.parametrize("arguments", [{}, {"floor": 1e-6}])
+@pytest.mark.parametrize("bits", [(0x7FC1, 0), (0xFFC1, 0), (0x7FC0, 0xFFC0), (0x7F80, 0x7F80), (0x7F80, 0xFF80)])
+def test_sce_of_numbers_that_are_not_finite(tmp_path, dtype, arguments, bits):
+    """As `--allow-nonfinite` merges them: one NaN for all, wherever the sums were formed."""
+    x, base = tensors(3, (40, 100), torch.bfloat16)
+    base.view(torch.int16)[20, 50] = np.array(bits[0], np.uint16).view(np.int16).item()
+    if bits[1]:
+        x.view(torch.int16)[:, 20, 50] = np.array(bits[1], np.uint16).view(np.int16).item()
+    stack, found = opened(tmp_path, x.to(dtype), base.to(dtype), "entry"), []
+    for stack.fused in (True, False):
+        blockwise = METHODS["sce"].streamed(stack, **arguments)
+        (block,) = stack
+        found.append((np.array(blockwise.weights).view(np.uint64).tolist(), blockwise(block).view(torch.int32)))
+        assert not stack.fused or not blockwise.fused(0, *stack.stored(0, 4000), np.empty(4000, np.float32))
+    assert found[0][0] == found[1][0] and found[0][1].equal(found[1][1])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3.4e38])
 @pytest.mark.parametrize("name, k", [("della", 3), ("sce", 3), ("ram", 3), ("ramplus_tl", 3), ("arcee_fusion", 1)])
 def test_numbers_that_are_not_finite_are_left_to_the_definition(tmp_path, name, k, value):

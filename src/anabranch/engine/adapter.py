@@ -151,7 +151,7 @@ class Adapter:
         for places in np.split(order, np.flatnonzero(np.diff(indices[order] // together)) + 1):
             if len(places):
                 first, last = int(indices[places[0]]), int(indices[places[-1]])
-                run = self.entries(name, first * row, (last + 1) * row).reshape(-1, *shape[1:])
+                run = self.entries(name, first * row, (last + 1) * row).reshape(last + 1 - first, *shape[1:])
                 out[torch.from_numpy(places)] = run[torch.from_numpy(indices[places] - first)]
         return out
 

@@ -7,6 +7,7 @@ where inputs do not line up stands at the head of `holders`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ def assemble(config: MergeConfig, inputs: Sequence[Checkpoint], layouts: Sequenc
     planner.settle_modules()
     planner.findings.stop()
     wanted = [w for spot in planner.spots() if (w := planner.wanted(spot)) is not None]
+    planner.check_shapes(wanted)
     planner.remark(wanted)
     fisher = planner.fisher(wanted)
     planner.findings.stop()
@@ -173,6 +175,23 @@ class _Planner:
                                       + (f" in module `{module}`" if module != "default" else "")
                                       + f". Wanted: an end of at most {has}.")
         return first[1] - first[0]
+
+    def check_shapes(self, wanted: Sequence[Wanted]) -> None:
+        """The result gets the donor's config.json, which says how large its tensors are: layers of a wider model, or a head
+        of another vocabulary, make a folder that nothing loads."""
+        donor = self.inputs[self.numbers[self.config.donor]]
+        known: dict[str, set[tuple[int, ...]]] = {}
+        for name, info in donor.tensors.items():
+            known.setdefault(_numbered(name), set()).add(info.shape)
+        for w in wanted:
+            shapes = known.get(_numbered(w.name), {w.shape})
+            cut = 1 if w.embedding and self.rows is not None else 0
+            if w.shape[cut:] not in {shape[cut:] for shape in shapes}:
+                self.findings.problem(
+                    f"tensor '{w.name}' would have shape {w.shape}, and {self.config.donor}, whose config.json the result "
+                    f"gets, has {' or '.join(map(str, sorted(shapes)))} there. "
+                    + ("Rows are tokens: add `tokenizer: {source: base}` or `union`." if w.embedding else
+                       "Layers of models of different sizes cannot be stacked."), kind="shape")
 
     def moved(self) -> dict[str, tuple[int, ...]]:
         """For each module the layers in the donor's numbers. A donor that is not in a slice lends the numbers there."""
@@ -326,6 +345,11 @@ def _unlike(one: Layout, other: Layout) -> str | None:
                 return (f": they differ by the prefix `{prefix}`. One was saved with its head and one without, or by another "
                         "library. Load one with the class of the other (the `architectures` of its config.json) and save it.")
     return ". Merge models of one architecture, saved by the same library."
+
+
+def _numbered(name: str) -> str:
+    """A tensor's name without the numbers in it, which count layers and experts."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
 
 
 def _architecture(label: Reference, checkpoint: Checkpoint) -> str | None:

@@ -22,7 +22,7 @@ ALIASES = {"lambda": "scale", "nuslerp_row_wise": "row_wise", "nuslerp_flatten":
 NO_LAMBDA = {"passthrough"}
 # Parameters of the peer that change no result, with the reason.
 INERT = {
-    "int8_mask": "it saves the peer some memory and changes no number",
+    "int8_mask": "it saves MergeKit some memory and changes no number",
     "rescale": "this method drops nothing that the rest could make up for",
     "density": "this method keeps every entry",
 }

@@ -23,7 +23,7 @@ from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.config import MergeConfig
 from anabranch.engine.dialect import load_config, read_config
 from anabranch.engine.layout import layout_of, set_dtype
-from anabranch.engine.output import MANIFEST, Done, OutputFolder, existing_parent, tensor_hash, vouched_for
+from anabranch.engine.output import CARD, MANIFEST, Done, OutputFolder, existing_parent, tensor_hash, vouched_for
 from anabranch.engine.plan import DTYPES, OutputPlan, Step, lay_out, line_up, parse_size
 from anabranch.engine.prepare import Options, Prepared, prepare
 from anabranch.engine.stream import Merge, Progress, Settings, check_device, check_input, memory_for, stream
@@ -97,8 +97,8 @@ def merge(
     out: Path | str,
     *,
     seed: int = 0,
-    max_shard_size: str = "5GB",
-    memory: str | None = None,
+    max_shard_size: str | int = "5GB",
+    memory: str | int | None = None,
     threads: int | None = None,
     device: str = "cpu",
     allow_unknown_keys: bool = False,
@@ -123,21 +123,26 @@ def merge(
                         allow_unknown_keys=allow_unknown_keys, progress=progress, warn=warn)
 
 
-def options_for(seed: int = 0, max_shard_size: str = "5GB", allow_mixed: bool = False, allow_pickle: bool = False) -> Options:
-    """Options as people write them. Raises RecipeError."""
+def options_for(seed: int = 0, max_shard_size: str | int = "5GB", allow_mixed: bool = False,
+                allow_pickle: bool = False) -> Options:
+    """Options as people write them: '5GB', or bytes. Raises RecipeError."""
+    if type(seed) is not int or seed < 0:
+        raise RecipeError(f"seed: got {seed!r}, wanted a whole number from 0 on")
     return Options(seed, parse_size(max_shard_size, "--max-shard-size"), allow_mixed, allow_pickle)
 
 
-def settings_for(memory: str | None = None, threads: int | None = None, device: str = "cpu",
+def settings_for(memory: str | int | None = None, threads: int | None = None, device: str = "cpu",
                  allow_nonfinite: bool = False) -> Settings:
     """Settings as people write them: '512MB'; by default half of the memory and one worker per core, at most 8.
 
     Raises RecipeError.
     """
     check_device(device)
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise RecipeError(f"threads: got {threads!r}, wanted a whole number from 1 on")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return Settings(threads or min(8, cores), parse_size(memory, "--memory") if memory else half, device,
+    return Settings(threads or min(8, cores), parse_size(memory, "--memory") if memory is not None else half, device,
                     allow_nonfinite=allow_nonfinite)
 
 
@@ -168,8 +173,12 @@ def merge_config(
     for warning in prepared.warnings if warn is not None else ():
         warn(warning)  # type: ignore[misc]
     recorded = _recorded(prepared, text, options)
-    if (finished := already_there(out, recorded)) is not None:
+    if used := [one.label for one in prepared.merge.inputs if out in (one.folder.resolve(), one.adapter)]:
+        raise OutputError(f"{out} is one of the models to be merged ({used[0]}). Choose another output folder.")
+    if (finished := already_there(out, recorded, prepared.merge.plan)) is not None:
         _check_inputs_unchanged(prepared.merge, finished, out)
+        if warn is not None:
+            warn(f"{out} holds this very merge already; nothing was done")
         return finished
     folder = OutputFolder(out, prepared.merge.plan, prepared.files)
     home = Path(config).parent if isinstance(config, (str, Path)) else Path()
@@ -192,7 +201,7 @@ def forecast(
     for warning in prepared.warnings if warn is not None else ():
         warn(warning)  # type: ignore[misc]
     there = []
-    if already_there(out, _recorded(prepared, text, options)) is not None:
+    if already_there(out, _recorded(prepared, text, options), prepared.merge.plan) is not None:
         there = [f"{out} holds this merge already; nothing would be done"]
     return _forecast(prepared, settings or Settings(), out) + there
 
@@ -298,7 +307,7 @@ def _forecast(prepared: Prepared, settings: Settings, out: Path) -> list[str]:
     free = shutil.disk_usage(existing_parent(out)).free
     counts = ", ".join(f"{count} {name}" for name, count in sorted(methods.items()))
     return [
-        *(f"input: {one.label} ({len(checkpoint.tensors)} tensors, {checkpoint.size / 1e6:,.1f} MB)"
+        *(f"input: {one.label} ({len(checkpoint.tensors)} tensors, {checkpoint.size / 1e6:,.1f} MB, {checkpoint.folder})"
           for one, checkpoint in zip(merge.inputs, merge.opened, strict=True)),
         f"tensors: {len(plan.steps)} ({counts}), {plan.parameters:,} parameters, {prepared.dtype}",
         f"reads: {read / 1e6:,.1f} MB, some of it again where a method needs sums or ranks over a whole tensor",
@@ -352,7 +361,7 @@ def verify_files(folder: Path) -> list[str]:
             problems.append(f"tensor '{name}' of {checkpoint.tensors[name].file}: not made by the merge")
         elif hash_of(checkpoint, name) != manifest.tensors[name]:
             problems.append(f"tensor '{name}' of {folder / checkpoint.tensors[name].file}: changed since the merge")
-    ours = {info.file for info in checkpoint.tensors.values()} | manifest.files.keys() | {MANIFEST}
+    ours = {info.file for info in checkpoint.tensors.values()} | manifest.files.keys() | {MANIFEST, CARD}
     added = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return problems + [f"{folder / name}: not made by the merge" for name in added
                        if name not in ours and not any(part.startswith(".") for part in name.split("/"))]
@@ -446,11 +455,12 @@ def input_hashes(merge: Merge, done: Mapping[str, Done] | None = None) -> list[s
 # --- the output folder ---
 
 
-def already_there(out: Path, wanted: Mapping[str, Any]) -> MergeManifest | None:
+def already_there(out: Path, wanted: Mapping[str, Any], plan: OutputPlan | None = None) -> MergeManifest | None:
     """The manifest in `out`, if that is this very merge; None if `out` is free. Raises OutputError otherwise."""
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return None
-    remedy = "Choose another output folder, or remove this one (in a run: `--from merge`); nothing was changed."
+    remedy = ("Choose another output folder, or, if nothing in it is needed, remove this one (in a run: `--from merge`); "
+              "nothing was changed.")
     try:
         manifest = MergeManifest.load(out / MANIFEST)
     except CorruptedError as error:
@@ -458,6 +468,8 @@ def already_there(out: Path, wanted: Mapping[str, Any]) -> MergeManifest | None:
     differing = ["it was made from another config (mergekit_config.yml in it)" if key == "config" else
                  f"{key}: {getattr(manifest, key)!r} there, {value!r} wanted now"
                  for key, value in wanted.items() if getattr(manifest, key) != value]
+    if plan is not None and {p.name for p in out.glob("*.safetensors")} != {shard.file for shard in plan.shards}:
+        differing.append("its weights are cut into files of another size")
     if problems := differing or verify_files(out):
         raise OutputError.of(f"{out} already holds another or a damaged merge. {remedy}", problems)
     return manifest

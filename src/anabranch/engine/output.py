@@ -30,6 +30,8 @@ from anabranch.errors import CorruptedError, OutputError
 
 MANIFEST = "manifest.json"
 JOURNAL = ".merge-journal.jsonl"
+# Written for people, who may go on writing it: no part of what the manifest vouches for.
+CARD = "README.md"
 READ = 1 << 22
 
 
@@ -114,7 +116,7 @@ class OutputFolder:
             for path in [p for p in self.partial.rglob("*") if p.is_file()]:
                 if path.relative_to(self.partial).as_posix() not in expected | {JOURNAL}:
                     path.unlink()  # left over from a kill
-            made = manifest({name: file_digest(self.partial / name) for name in sorted(self.carried)})
+            made = manifest({name: file_digest(self.partial / name) for name in sorted(self.carried) if name != CARD})
             made.save(self.partial / MANIFEST)
             (self.partial / JOURNAL).unlink()
             _flush_folder(self.partial)

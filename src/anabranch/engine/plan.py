@@ -18,7 +18,7 @@ from anabranch.engine.wanted import COPY, Wanted
 from anabranch.errors import ModelError, RecipeError, ShapeMismatch
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 SHOWN = 40
 
@@ -200,9 +200,11 @@ def _shard(number: int, file: str, group: list[Wanted]) -> Shard:
     return Shard(file, header, steps, len(header) + end)
 
 
-def parse_size(text: str, where: str = "merge.max_shard_size") -> int:
-    """Bytes of '5GB' (10^9) or '2GiB' (2^30). Raises RecipeError that names `where` it stood."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B)\s*", text, flags=re.IGNORECASE)
+def parse_size(text: str | int, where: str = "merge.max_shard_size") -> int:
+    """Bytes of '5GB' (10^9) or '2GiB' (2^30), or a number of bytes. Raises RecipeError that names `where` it stood."""
+    if type(text) is int and text > 0:
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", str(text), flags=re.IGNORECASE)
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match and match[2].upper() in UNITS else 0
     if size <= 0:
         raise RecipeError(f"{where}: got {text!r}, wanted a size above zero such as 5GB, 500MB or 2GiB")

@@ -24,6 +24,7 @@ from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.config import MergeConfig, Tokenizer, TokenRow
 from anabranch.engine.fetch import resolve
 from anabranch.engine.layout import Layout, cut_config, layout_of, set_dtype, set_tied, set_vocab_size
+from anabranch.engine.output import CARD
 from anabranch.engine.plan import DTYPES, lay_out
 from anabranch.engine.reference import Reference
 from anabranch.engine.stream import Merge
@@ -34,7 +35,6 @@ from anabranch.surgery import chat_templates, side_files
 from anabranch.surgery import tokenizer as tokenizers
 
 CONFIG = "mergekit_config.yml"
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def _inputs(references: Sequence[Reference], options: Options) -> tuple[Input, .
             adapter = resolve(reference.adapter, reference.adapter_revision) if reference.adapter else None
             found.append(Input(str(reference), folder, adapter, Path(reference.path).is_dir()))
         except ModelError as error:
-            problems.append(str(error))
+            hint = "" if "/" in reference.path else (" (If it is meant as a folder: paths count from the working folder, then "
+                                                    "from the config's.)")
+            problems.append(f"{error}{hint}")
     if problems:
         raise ModelError.of("these models cannot be found:", problems) if len(problems) > 1 else ModelError(problems[0])
     return tuple(found)

@@ -114,7 +114,7 @@ def _check_count(config: MergeConfig, method: MergeMethod, stretch: Stretch, rol
     wanted = f"{least}" if least == most else f"at least {least}" if math.isinf(most) else f"{least} to {most}"
     remedy = ""
     if any(e.where == "base_model" for e in roles.branches):
-        remedy = f" In the peer's {method.name} a base_model is one more model: remove `base_model`."
+        remedy = f" In MergeKit's {method.name} a base_model is one more model: remove `base_model`."
     elif count == 2 and least == most == 1 and beside:
         remedy = f" {method.name} merges the base with one other: make one of the two `base_model`."
     elif count == 0 and beside:
@@ -142,7 +142,7 @@ def _check_required(config: MergeConfig, method: MergeMethod, reads: Mapping[str
             if name in entry.parameters:
                 continue
             problems.append(f"{entry.where} ({entry.model}): {method.name} needs `{spelled[name]}` for it, and it is not set. "
-                            + (f"In the peer's {method.name} a base_model is one more model: list it with "
+                            + (f"In MergeKit's {method.name} a base_model is one more model: list it with "
                                f"`{spelled[name]}: 0`, or remove `base_model`." if entry.where == "base_model"
                                else f"Write `parameters: {{{spelled[name]}: ..}}` below the model."))
 

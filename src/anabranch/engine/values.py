@@ -120,7 +120,7 @@ class Values:
         value, setting = found
         if self._last and setting.at(tensor, 1.0) != value:
             self.findings.remark(f"{setting.where}: of a gradient, final norm and output head take the first value here, as "
-                                 "they do in the peer. With `dialect: native` they take the last")
+                                 "they do in MergeKit. With `dialect: native` they take the last")
         try:
             return typed(read, self.method.name, self.config.dialect, value)
         except ValueError as error:

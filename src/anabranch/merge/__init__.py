@@ -39,7 +39,7 @@ INPUTS = {
     "branches": "[k, *shape]: the tensor of every branch",
     "base": "[*shape]: the base's tensor; None where a method can do without and none is given",
     "weights": "[k]: one number per branch",
-    "draws": "[k, *shape]: uniform in [0, 1), keyed by seed, branch, tensor and position",
+    "draws": "[k, *shape]: uniform in [0, 1), keyed by seed, branch, tensor and position; a merge of checkpoints makes them",
     "fisher": "[k, *shape]: diagonal Fisher information of every branch, >= 0, from its sidecar file",
     "cuts": "[k]: a magnitude per branch, over all tensors of the model",
     "depth": "place of the tensor's layer in the model: 0 the first, 1 the last; embeddings 0, norm and head 1",
@@ -193,7 +193,7 @@ def one_each(value: PerBranch, k: int) -> list[float]:
     if isinstance(value, (int, float)):
         return [float(value)] * k
     if len(value) != k:
-        raise ValueError(f"got {len(value)} numbers for {k} branches")
+        raise ValueError(f"got {len(value)} numbers for {k} branches, wanted one number or one for each")
     return [float(v) for v in value]
 
 

@@ -206,9 +206,11 @@ def fisher(
     w = finite(weights)
     if min(w) < 0 or max(w) == 0:
         raise ValueError(f"weights: got {w}, wanted numbers >= 0 that are not all 0")
-    if not bool(torch.isfinite(fisher).all()) or bool((fisher < 0).any()):
-        raise ValueError("the Fisher information holds negative numbers, NaN or infinity. It is a mean of squared gradients, "
-                         "so each number is finite and >= 0: make the file again")
+    wrong = [i for i, row in enumerate(fisher, 1) if not bool(torch.isfinite(row).all()) or bool((row < 0).any())]
+    if wrong:
+        raise ValueError(f"the Fisher information of model {', '.join(map(str, wrong))} of {len(fisher)} (in the order of the "
+                         "list) holds negative numbers, NaN or infinity. It is a mean of squared gradients, so each number is "
+                         "finite and >= 0: make that file again")
     # [k, *shape]: what each branch's number counts; its weight alone where no branch's data say anything.
     said = torch.stack([information * weight for information, weight in zip(fisher, w, strict=True)])
     unsaid = said.amax(0) == 0

@@ -26,6 +26,8 @@ def in_full(method: MergeMethod) -> str:
     if method.fits == "matrix":
         lines.append(f"  fits        matrices; vectors and embeddings are merged by {method.otherwise}")
     lines += [f"  {'parameters' if not i else '':<11} {_parameter(p)}" for i, p in enumerate(method.parameters)]
+    if any(p.name == "scale" for p in method.parameters) and method.name != "passthrough":
+        lines.append("  in configs   `lambda` is `scale`; defaults of MergeKit's dialect stand in docs/numerics.md")
     return "\n".join(lines) + "\n\n" + (inspect.getdoc(method.function) or "") + "\n"
 
 

@@ -23,6 +23,9 @@ from anabranch.merge.stack import Block, Stack
 
 UPPER, LOWER = 1 << 15, 1 << 16
 
+NAN = ("a NaN among the numbers by which entries are ranked: an input holds a NaN or an infinity, or differences so large "
+       "(about 1e19) that float32 cannot hold their squares. Find which input has them, and make or fetch that one again")
+
 
 @dataclass(frozen=True)
 class Cut:
