@@ -727,7 +727,8 @@ def test_fisher_sidecars_are_held_to_their_models(models):
         plan(models, f"merge_method: fisher\nmodels: {json.dumps(entry)}")
     assert f"(fisher of b): has no '{UP.format(1)}'" in str(caught.value)
     assert f"another shape than the model's has '{Q.format(0)}'" in str(caught.value)
-    save_file(full | {Q.format(0): full[Q.format(0)].double(), UP.format(1): full[UP.format(1)].int()}, models / "b.safetensors")
+    odd = {Q.format(0): full[Q.format(0)].double(), UP.format(1): full[UP.format(1)].int()}
+    save_file(full | odd, models / "b.safetensors")
     with pytest.raises(RecipeError) as caught:
         plan(models, f"merge_method: fisher\nmodels: {json.dumps(entry)}")
     message = str(caught.value)

@@ -319,7 +319,7 @@ def test_a_nan_among_ranked_numbers_is_refused():
     for name in ("sce", "arcee_fusion"):
         given = inputs(name, (6,))
         given["branches"][0, 2] = NAN
-        with pytest.raises(ValueError, match="a NaN among .*: an input holds a NaN or an infinity"):
+        with pytest.raises(ValueError, match=r"a NaN among .*: an input holds a NaN or an infinity"):
             call(name, given)
 
 
@@ -327,5 +327,5 @@ def test_fisher_information_below_zero_is_refused():
     given = inputs("fisher", (6,))
     for wrong in (-1e-9, NAN, INF):
         given["fisher"][0, 2] = wrong
-        with pytest.raises(ValueError, match="Fisher information of model 1 of 3 .* mean of squared gradients, so each number is finite"):
+        with pytest.raises(ValueError, match=r"Fisher information of model 1 of 3 .* mean of squared gradients"):
             call("fisher", given)

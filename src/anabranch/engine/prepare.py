@@ -248,8 +248,7 @@ def _rows(opened: Sequence[Checkpoint], adapters: Mapping[int, Adapter], names: 
     """Rows of an input's embedding, float32."""
     name = names[number]
     if number in adapters and adapters[number].touches(name):
-        low, high = (int(indices.min()), int(indices.max()) + 1) if len(indices) else (0, 0)
-        return adapters[number].folded(name, slice(low, high))[torch.from_numpy(indices - low)]
+        return adapters[number].rows(name, indices)
     return opened[number].read(name)[torch.from_numpy(indices)].float()
 
 
