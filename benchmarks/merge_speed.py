@@ -2,6 +2,7 @@
 
     python benchmarks/merge_speed.py --work DIR                       1.1 billion parameters, base and 3 branches: 9 GB
     python benchmarks/merge_speed.py --work DIR --growth              0.1, 0.3, 1.1 and 3 billion; 2 to 16 inputs
+    python benchmarks/merge_speed.py --work DIR --spectral            methods that decompose matrices, 0.1 billion
     MERGEKIT_PYTHON=venv/bin/python python benchmarks/merge_speed.py --work DIR
 
 For each method, `anabranch merge` in a process of its own, warm, the median of 3: wall time from start to exit, start of
@@ -65,10 +66,15 @@ def configs(base: Path, branches: list[Path]) -> dict[str, dict[str, Any]]:
         "della": config("della", weight=WEIGHTS, **half),
         "sce": config("sce", top={"select_topk": 0.3}),
         "arcee_fusion": config("arcee_fusion", 1),
-        "ties_global": config("ties_global", weight=WEIGHTS, **half),
-        "tsv_m": config("tsv_m", weight=WEIGHTS),
-        "iso_c": config("iso_c", weight=WEIGHTS),
-        "star": config("star", weight=WEIGHTS)}
+        "ties_global": config("ties_global", weight=WEIGHTS, **half)}
+
+
+def spectral(base: Path, branches: list[Path]) -> dict[str, dict[str, Any]]:
+    """Methods that decompose every matrix: bounded by eigenvalues and singular values in float64, not by bytes."""
+    return {name: configs(base, branches)["ties"] | {
+        "merge_method": name, "models": [{"model": str(b), "parameters": {"weight": w}}
+                                         for b, w in zip(branches[:3], WEIGHTS, strict=True)]}
+            for name in ("iso_c", "star", "tsv_m", "iso_cts")}
 
 
 def floor(inputs: list[Path], out: Path) -> float:
@@ -198,6 +204,7 @@ def main() -> None:
                                                  "takes the disk's own moods out of the measurement")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--spectral", action="store_true", help="the spectral methods, on 0.1 billion parameters")
     parser.add_argument("--only", help="methods, comma-separated")
     args = parser.parse_args()
     out = args.out or args.work
@@ -206,6 +213,11 @@ def main() -> None:
     where = {"threads": THREADS, "results_in_memory": args.out is not None}
     if args.growth:
         record("merge_growth", {**where, "merges": growth(args.work, out, args.runs)})
+        return
+    if args.spectral:
+        chosen = spectral(*build(args.work / "0.1b", "0.1b", 3))
+        merges = {name: measure(name, config, out, args.runs) for name, config in chosen.items()}
+        record("merge_spectral", {**where, "size": "0.1b", "merges": merges})
         return
     base, branches = build(args.work / "1.1b", "1.1b", 3)
     chosen = configs(base, branches)
