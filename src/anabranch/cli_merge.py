@@ -40,7 +40,8 @@ def merge(
     max_shard_size: Annotated[str, typer.Option(help="largest weight file")] = "5GB",
     allow_unknown_keys: Annotated[bool, typer.Option(help="warn of keys that mean nothing instead of refusing them")] = False,
     allow_mixed: Annotated[bool, typer.Option(help="merge models of different architectures")] = False,
-    allow_pickle: Annotated[bool, typer.Option(help="read .bin weights too (weights_only, converted once)")] = False,
+    allow_pickle: Annotated[bool, typer.Option(help="read .bin weights too (weights_only; converted once, into the user's "
+                                                    "cache)")] = False,
     allow_nonfinite: Annotated[bool, typer.Option(help="go on where a result holds NaN or infinity")] = False,
     quiet: Quiet = False,
     as_json: Json = False,

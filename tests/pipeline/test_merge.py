@@ -22,7 +22,7 @@ from anabranch.engine.checkpoint import INDEX, WEIGHTS, checkpoint_hash
 from anabranch.engine.merging import merge_checkpoints, verify_files
 from anabranch.engine.output import JOURNAL, MANIFEST
 from anabranch.engine.plan import parse_size
-from anabranch.engine.stream import Progress
+from anabranch.engine.stream import Progress, Settings
 from anabranch.errors import CorruptedError, ModelError, OutputError, RecipeError, ShapeMismatch
 
 P3_BASE = Path(__file__).parents[2].parent / "shared" / "models" / "p3-base"
@@ -590,7 +590,7 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, family, monkeypatc
 
     monkeypatch.setattr(output, "_pwrite", full)
     with pytest.raises(OutputError) as caught:
-        merge(base, branches, tmp_path / "out", max_shard_size="5KB")
+        merge(base, branches, tmp_path / "out", max_shard_size="5KB", settings=Settings(threads=1))
     text = str(caught.value)
     assert "the disk is full" in text and "bytes are free" in text and str(tmp_path / "out.partial") in text
     assert not (tmp_path / "out").exists()
@@ -665,8 +665,9 @@ def test_memory_is_a_few_tensors_and_not_a_shard(tmp_path):
     seen: list[int] = []
     anonymous()
     merge(base, branches, tmp_path / "out", [0.5, 0.5], progress=anonymous)
-    # k + 1 float32 copies, the method's own and the rounded one are 13 MB; the shard alone is 48.
-    assert max(seen) - seen[0] < 30 * 2**20
+    # Two workers hold a block of 2^18 numbers each, 3 inputs as stored and in float32, the method's own: 2 x 13 MB, and
+    # what the allocator keeps. The shard alone is 48 MB, three of them are read.
+    assert max(seen) - seen[0] < 40 * 2**20
 
 
 @pytest.mark.skipif(not P3_BASE.exists(), reason="shared/models/p3-base is not beside the repository")

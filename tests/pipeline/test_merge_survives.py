@@ -197,6 +197,9 @@ def test_asked_to_stop(signal_, code, large, tmp_path):
         assert "Traceback" not in err, err
         if running.returncode == 0:
             break  # it had finished
+        if running.returncode == -signal_:  # it was still importing, where a stop simply ends it
+            assert not err
+            continue
         stopped += 1
         assert running.returncode == code, (running.returncode, err)
         assert "same command goes on" in err

@@ -168,6 +168,9 @@ def test_a_result_is_not_written_over_a_model_or_cut_anew(here):
 
 
 def test_words_that_were_meant(here):
+    """And words that are no file's name (a failing seed of the fuzz run)."""
+    with pytest.raises((RecipeError, ModelError)):
+        merge_config({"merge_method": "passthrough", "models": [{"model": "a"}], "tokenizer_source": "a" * 5000}, here / "out")
     with pytest.raises(RecipeError, match="Did you mean `union`"):
         merge_config({"merge_method": "passthrough", "models": [{"model": "a"}], "tokenizer_source": "unoin"}, here / "out")
     with pytest.raises(RecipeError, match="Did you mean `bfloat16`"):

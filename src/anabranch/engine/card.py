@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import yaml
@@ -29,7 +30,7 @@ def _title(config: MergeConfig) -> str:
 
 
 def _on_hub(reference: Reference) -> bool:
-    return "/" in reference.path and HUB_ID.fullmatch(reference.path) is not None and not Path(reference.path).is_dir()
+    return "/" in reference.path and HUB_ID.fullmatch(reference.path) is not None and not os.path.isdir(reference.path)
 
 
 def _named(reference: Reference) -> str:

@@ -13,6 +13,7 @@ the closest key, all of them in one message. Two dialects share the grammar, `di
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -240,7 +241,7 @@ class _Reader:
 
     def _tokenizer_source(self, value: Any, where: str) -> Literal["union", "base"] | Reference | None:
         words = ("union", "base")
-        if isinstance(value, str) and value not in words and not Path(value).is_dir() and (
+        if isinstance(value, str) and value not in words and not os.path.isdir(value) and (
                 match := difflib.get_close_matches(value.casefold(), words, n=1, cutoff=0.6)):
             self.problems.append(f"{where}: got {value!r}. Did you mean `{match[0]}`?")
             return None

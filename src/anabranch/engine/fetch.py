@@ -62,7 +62,7 @@ def resolve(
         OutputError: the conversion cannot be written.
     """
     folder = Path(reference)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if revision is not None:
             raise ModelError(f"model {reference}: is a folder here, and a folder has no revision ({revision!r}). Leave the "
                              "revision out, or give the Hub id.")

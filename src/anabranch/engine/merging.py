@@ -235,7 +235,7 @@ def verify(folder: Path | str, *, files_only: bool = False, allow_pickle: bool =
 def _check_places(config: MergeConfig, manifest: MergeManifest) -> None:
     """A model that was a folder is never looked for on the Hub. Raises ModelError."""
     local = {one.label for one in manifest.inputs if one.local}
-    lost = [str(reference) for reference in config.models if str(reference) in local and not Path(reference.path).is_dir()]
+    lost = [str(reference) for reference in config.models if str(reference) in local and not os.path.isdir(reference.path)]
     if lost:
         raise ModelError.of("these models were folders when they were merged, and are not there. Run it from the folder where "
                             "the merge was run, or put them back:", lost)

@@ -108,7 +108,7 @@ def _inputs(references: Sequence[Reference], options: Options) -> tuple[Input, .
             converted = converted_weights() if options.allow_pickle else None
             folder = resolve(reference.path, reference.revision, converted=converted)
             adapter = resolve(reference.adapter, reference.adapter_revision) if reference.adapter else None
-            found.append(Input(str(reference), folder, adapter, Path(reference.path).is_dir()))
+            found.append(Input(str(reference), folder, adapter, os.path.isdir(reference.path)))
         except ModelError as error:
             hint = "" if "/" in reference.path else (" (If it is meant as a folder: paths count from the working folder, then "
                                                     "from the config's.)")

@@ -42,7 +42,7 @@ class Reference:
         named = [(part, what) for part, what in ((self.path, "model"), (self.adapter, "adapter")) if part is not None]
         return [f"{what} '{part}': there is no such folder, and it is no id of the hub (OWNER/NAME). Paths count from the "
                 "working folder, then from the config's." for part, what in named
-                if not Path(part).is_dir() and not HUB_ID.fullmatch(part)]
+                if not os.path.isdir(part) and not HUB_ID.fullmatch(part)]
 
 
 def read_reference(value: Any, where: str, folders: Sequence[Path], problems: list[str],
