@@ -97,7 +97,7 @@ def recipe_file(tmp_path: Path, tiny_base: Path) -> Path:
 def anabranch(*arguments: object, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
     """The command as a user runs it, in a process of its own."""
     done = subprocess.run([sys.executable, "-m", "anabranch", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=300, **options)  # type: ignore[call-overload]
+                          timeout=300, **options)  # type: ignore[call-overload] - passed on as given
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

@@ -170,8 +170,9 @@ def merge_config(
     """
     out, text, options = place_for(out), text_of(config), options or Options()
     prepared = prepare(parsed(config, text, allow_unknown_keys), text, options)
-    for warning in prepared.warnings if warn is not None else ():
-        warn(warning)  # type: ignore[misc]
+    if warn is not None:
+        for warning in prepared.warnings:
+            warn(warning)
     recorded = _recorded(prepared, text, options)
     if used := [one.label for one in prepared.merge.inputs if out in (one.folder.resolve(), one.adapter)]:
         raise OutputError(f"{out} is one of the models to be merged ({used[0]}). Choose another output folder.")
@@ -198,8 +199,9 @@ def forecast(
     """`anabranch merge --dry-run`: what would be read, done and written, in lines. Arguments and errors as `merge_config`."""
     text, out, options = text_of(config), place_for(out), options or Options()
     prepared = prepare(parsed(config, text, allow_unknown_keys), text, options)
-    for warning in prepared.warnings if warn is not None else ():
-        warn(warning)  # type: ignore[misc]
+    if warn is not None:
+        for warning in prepared.warnings:
+            warn(warning)
     there = []
     if already_there(out, _recorded(prepared, text, options), prepared.merge.plan) is not None:
         there = [f"{out} holds this merge already; nothing would be done"]

@@ -395,7 +395,8 @@ class _Job:
 
 def _cut_key(step: Step) -> Any:
     method = maths.method_named(step.wanted.method)
-    densities = maths.one_each(dict(step.wanted.arguments)[method.cuts_from], len(step.wanted.branches))  # type: ignore
+    density: Any = dict(step.wanted.arguments)[str(method.cuts_from)]  # a kept share: one number, or one per branch
+    densities = maths.one_each(density, len(step.wanted.branches))
     return (step.wanted.method, tuple(s.input for s in step.wanted.branches),
             step.wanted.base.input if step.wanted.base else None, tuple(densities))
 
@@ -421,8 +422,9 @@ def fused_form(blockwise: Blockwise, stack: TensorStack) -> Callable[..., bool] 
     """(start, x, base, out) -> whether all is finite; None where the method, or what it reads, has none."""
     if not stack.fusible:
         return None
-    if stack.draw is not None and (by_keys := getattr(blockwise, "fused_by_keys", None)) is not None:
-        return lambda *given: by_keys(*given, stack.draw.keys)  # type: ignore[union-attr]
+    draw, by_keys = stack.draw, getattr(blockwise, "fused_by_keys", None)
+    if draw is not None and by_keys is not None:
+        return lambda *given: by_keys(*given, draw.keys)
     return getattr(blockwise, "fused", None)
 
 
