@@ -340,3 +340,139 @@ class Comparison(Artifact):
     runs: list[ArmRun]
     summary: list[ArmSummary]
     verdict: list[str] = Field(description="sentences; what the figures say and what they do not")
+
+
+class OperatorPlace(Part):
+    """One merged model at one place; losses are nats per response token, differences are against token_weighted."""
+
+    loss: float = Field(description="macro mean over units")
+    token_loss: float = Field(description="mean weighted by response tokens")
+    exact_match: float | None
+    f1: float | None
+    difference: float | None = Field(description="loss minus token_weighted's; negative: better; null: it is token_weighted")
+    low: float | None = Field(description="95 % interval of `difference` (paired bootstrap over units); null for fewer than 5")
+    high: float | None
+    wins: int = Field(description="units where its loss is lower than token_weighted's by more than the tie margin")
+    ties: int
+    losses: int
+
+
+class OperatorResult(Part):
+    """One way to merge the run's branches; or `base`, or `branches`: the branches' own scores, averaged by their weights."""
+
+    name: str
+    arguments: dict[str, float | int | bool | str | list[float]] | None = Field(
+        description="the method's own parameters, all at their defaults; null for `base` and `branches`")
+    displacement: float = Field(description="L2 norm of the model minus the base; of `branches`: their weighted mean")
+    folder: str | None = Field(description="the merged model, relative to the run folder")
+    bytes: int = Field(description="of its weights on disk")
+    places: dict[Literal["held_out", "transfer", "retention"], OperatorPlace]
+
+
+class Operators(Artifact):
+    """merge_methods.json: other merge methods on the same branches. made_from: base, plan, branch-K, evaluation, methods."""
+
+    kind: Literal["operators"] = "operators"
+    version: Literal[1] = 1
+    weights: list[float] = Field(description="of the branches, the plan's; every method gets the same, and they sum to one")
+    results: list[OperatorResult] = Field(description="base, branches, then methods as they were asked for")
+    verdict: list[str] = Field(description="sentences; what the figures say and what they do not")
+
+
+class Interval(Part):
+    """A figure and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class PilotDrift(Part):
+    """F.11 / F.10 for 2^axes groups (SpectralTest.ratio) with a jackknife interval over units: how far branches drift apart."""
+
+    axes: int
+    ratio: Interval
+
+
+class PilotRun(Part):
+    """One arm on a small budget under one seed."""
+
+    arm: str
+    share: float
+    seed: int
+    tokens: int = Field(description="training tokens actually seen")
+    displacement: float
+    alpha: float | None
+    evaluation: str = Field(description="file, relative to the run folder")
+
+
+class PilotPoint(Part):
+    share: float
+    tokens: int
+    loss: float = Field(description="macro mean over units, mean over seeds, nats")
+    versus_joint: float
+
+
+class PilotForecast(Part):
+    """One arm at one place: what the pilot measured, and what it forecasts for the full budget. Losses in nats."""
+
+    arm: str
+    place: Literal["held_out", "transfer", "retention"]
+    points: list[PilotPoint] = Field(description="smallest budget first; for the base the same loss at each")
+    loss: Interval
+    versus_joint: Interval = Field(description="forecast loss minus joint's; negative: better than joint")
+    versus_base: Interval
+
+
+class PilotScore(Part):
+    arm: str
+    versus_joint: Interval = Field(description="mean over the places present of the forecast difference to joint")
+
+
+class PilotAdvice(Part):
+    """`split`: several branches and a merge; `joint`: one training; `pull_back`: base + alpha (joint - base)."""
+
+    action: Literal["split", "joint", "pull_back"]
+    arm: str
+    alpha: float | None = Field(description="of `pull_back`, as at the largest pilot budget")
+    lowest: str = Field(description="the arm with the lowest forecast score")
+    tied: list[str] = Field(description="arms that this pilot cannot tell from `lowest`, itself included, simplest first")
+    known: bool = Field(description="no other arm is tied")
+
+
+class PilotCost(Part):
+    """Seconds are of the arms' own work, over all processes, without starting them."""
+
+    predicted_tokens: int
+    predicted_seconds: float
+    measured_tokens: int
+    measured_seconds: float
+
+
+class Pilot(Artifact):
+    """pilot.json: every arm on small budgets, and what that says about the full one. `hash` leaves `cost` out."""
+
+    kind: Literal["pilot"] = "pilot"
+    version: Literal[1] = 1
+    shares: list[float] = Field(description="of the full budget, ascending")
+    tokens: list[int] = Field(description="training tokens of each share")
+    batches: list[int] = Field(description="rows of a step at each share")
+    steps: list[int] = Field(description="joint's optimizer steps at each share")
+    seeds: list[int]
+    full_tokens: int
+    full_batch: int
+    full_steps: int
+    form: str = Field(description="how a pilot's losses become a forecast (outlook.FORMS)")
+    trend: float = Field(description="largest weight of the trend in the intervals (outlook.TREND)")
+    drift: list[PilotDrift] = Field(description="question 1: how far will the branches drift apart")
+    norm_cv: Interval | None = Field(description="spread of the units' gradient norms; null: fewer than 3 units")
+    runs: list[PilotRun]
+    forecasts: list[PilotForecast] = Field(description="question 2: which arm gives the better model")
+    scores: list[PilotScore]
+    advice: PilotAdvice
+    said: list[str] = Field(description="sentences; what the figures say and what they do not")
+    cost: PilotCost | None = None
+
+    @property
+    def hash(self) -> str:
+        return digest(self.model_dump(mode="json", exclude={"cost"}))

@@ -115,6 +115,7 @@ def branch_samples(plan: Plan, branch: int, mixture: Mixture, mixture_folder: Pa
     In a soup every branch sees the whole mixture, each in another order, for 1/K of the tokens.
     """
     samples = []
+    dealt = 0  # dealing goes on from unit to unit, so that many units of one row do not all go to the first branch
     for planned in plan.units:
         if planned.group not in (branch, None):
             continue
@@ -127,7 +128,9 @@ def branch_samples(plan: Plan, branch: int, mixture: Mixture, mixture_folder: Pa
         chosen = budget_indices(len(rows), unit.epochs, seed, unit.name)
         if planned.group is None:
             order = generator(plan.seed, "soup", unit.name).permutation(len(chosen))
-            chosen = chosen[order][branch :: len(plan.groups)]
+            first = (branch - dealt) % len(plan.groups)
+            dealt += len(chosen)
+            chosen = chosen[order][first :: len(plan.groups)]
         samples.append((unit.name, rows, chosen))
     return samples
 

@@ -1,7 +1,7 @@
 """argv -> one public call -> one artifact -> what a person wants to read; no logic.
 
-Exit codes: 0 done; 2 the user must change something (one message, no traceback); 130 stopped by Ctrl-C, 143 by SIGTERM.
-Anything else is a bug of ours and shows its traceback.
+Exit codes: 0 done; 1 done and the verdict is bad; 2 the user must change something (one message, no traceback); 130 stopped
+by Ctrl-C, 143 by SIGTERM. Anything else is a bug of ours and shows its traceback.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from anabranch import cli_merge
+from anabranch import cli_diagnose, cli_merge, cli_pilot
 from anabranch.errors import AnabranchError, OutputError, RecipeError
 
 app = typer.Typer(
@@ -107,8 +107,9 @@ def _stage(name: str | None, option: str) -> str | None:
     return name
 
 
-for command in (cli_merge.merge, cli_merge.verify, cli_merge.methods):
+for command in (cli_merge.merge, cli_merge.verify, cli_merge.methods, cli_diagnose.diagnose, cli_pilot.pilot):
     app.command()(command)
+app.command("pilot-arms", hidden=True)(cli_pilot.pilot_arms)
 
 
 @app.command()
@@ -207,18 +208,29 @@ def compare(
     recipe: RecipeFile,
     methods: Annotated[str | None, typer.Option(
         help="arms, as in joint,random:4,merit:2; a number is K, for merit the axes (merit:2 makes 4 groups)")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="seeds 0 .. n-1")] = 3,
+    seeds: Annotated[int | None, typer.Option(min=1, help="of arms: seeds 0 .. n-1; 3 where it is not said")] = None,
+    merge_methods: Annotated[str | None, typer.Option(
+        help="instead of arms: merge methods on the branches of the recipe's own split, as in ties,star,tsv")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Every arm on the same token budget, at three places, over seeds: did the split pay?"""
+    if merge_methods is not None and not (methods is None and seeds is None):
+        raise RecipeError("--merge-methods merges one set of branches, the recipe's own split under its own seed, in several "
+                          "ways; --methods and --seeds train others. Give them in two commands.")
     loaded = _recipe(recipe, overrides)
+    from anabranch.run import open_run
+
+    if merge_methods is not None:
+        from anabranch.operators import compare_operators, operators_markdown
+
+        print(operators_markdown(compare_operators(open_run(loaded, tell=_tell, progress=_progress()), merge_methods)))
+        return
     from anabranch.compare import DEFAULT, parse_arms, run_comparison
     from anabranch.report import comparison_markdown, write_report
-    from anabranch.run import open_run
 
     arms = parse_arms(methods or DEFAULT)
     opened = open_run(loaded, tell=_tell, progress=_progress())
-    comparison = run_comparison(opened, arms, range(seeds))
+    comparison = run_comparison(opened, arms, range(3 if seeds is None else seeds))
     print(comparison_markdown(comparison))
     _tell(f"\nThe whole report, with its pictures: {write_report(opened.folder)}")
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,6 +125,9 @@ def _with_references(arms: list[Arm]) -> list[Arm]:
     return done
 
 
+PlanOf = Callable[[Run, Mixture, Arm, int], Plan]
+
+
 def arm_folder(run: Run, arm: Arm, seed: int) -> Path:
     return run.folder / "compare" / arm.slug / f"seed-{seed}"
 
@@ -183,32 +186,32 @@ def _is_done(run: Run, arm: Arm, seed: int) -> bool:
     return known["evaluation"] == inputs["evaluation"]
 
 
-def arm_inputs(run: Run, arm: Arm, seed: int) -> dict[str, str]:
-    """What an arm's figures depend on."""
-    mixture = run.mixture
-    data = {u.name: [u.sha256, u.samples, u.tokens] for u in mixture.units}
-    return {"base": run.base_hash, "mixture": digest(data), "train": train_hash(run.recipe),
-            "plan": _plan_hash(run, mixture, arm, seed),
-            "merge": digest(run.recipe.merge.model_dump(mode="json")), "arm": digest([arm.label, seed]),
-            "evaluation": digest(evaluation_inputs(run.recipe, mixture, "any"))}
-
-
-def _arm_plan(run: Run, mixture: Mixture, arm: Arm, seed: int) -> Plan:
+def arm_plan(run: Run, mixture: Mixture, arm: Arm, seed: int) -> Plan:
     """The plan that an arm would get now."""
     method, count = ("joint", 1) if arm.method == "joint_batch" else (arm.method, arm.number)
     return split_groups(run, mixture, method, count, seed)
 
 
-def _plan_hash(run: Run, mixture: Mixture, arm: Arm, seed: int) -> str:
+def arm_inputs(run: Run, arm: Arm, seed: int, plan_of: PlanOf = arm_plan) -> dict[str, str]:
+    """What an arm's figures depend on."""
+    mixture = run.mixture
+    data = {u.name: [u.sha256, u.samples, u.tokens] for u in mixture.units}
+    return {"base": run.base_hash, "mixture": digest(data), "train": train_hash(run.recipe),
+            "plan": _plan_hash(run, mixture, arm, seed, plan_of),
+            "merge": digest(run.recipe.merge.model_dump(mode="json")), "arm": digest([arm.label, seed]),
+            "evaluation": digest(evaluation_inputs(run.recipe, mixture, "any"))}
+
+
+def _plan_hash(run: Run, mixture: Mixture, arm: Arm, seed: int, plan_of: PlanOf) -> str:
     if arm.method == "base":
         return "none"
     if arm.method == "joint_matched":
-        return _arm_plan(run, mixture, parse_arms(arm.reference)[0], seed).hash
-    return _arm_plan(run, mixture, arm, seed).hash
+        return plan_of(run, mixture, parse_arms(arm.reference)[0], seed).hash
+    return plan_of(run, mixture, arm, seed).hash
 
 
-def run_arm(run: Run, arm: Arm, seed: int) -> ArmRun:
-    """Train, merge and evaluate one arm in this process."""
+def run_arm(run: Run, arm: Arm, seed: int, plan_of: PlanOf = arm_plan) -> ArmRun:
+    """Train, merge and evaluate one arm in this process. `plan_of` makes its plan from (run, mixture, arm, seed)."""
     folder, mixture = arm_folder(run, arm, seed), run.mixture
     folder.mkdir(parents=True, exist_ok=True)
     tokens, branches, alpha = 0, 0, None
@@ -219,13 +222,13 @@ def run_arm(run: Run, arm: Arm, seed: int) -> ArmRun:
             manifest, alpha = _pull_back(run, arm, seed, folder / "merged")
             tokens, branches = ArmRun.load(arm_folder(run, Arm("joint", "joint"), seed) / "arm.json").tokens, 1
         else:
-            manifest, trained = _train_arm(run, arm, seed, folder)
+            manifest, trained = _train_arm(run, arm, seed, folder, plan_of)
             tokens, branches = sum(b.tokens_seen for b in trained), len(trained)
         model, model_hash, displacement = folder / "merged", manifest.model_hash, displacement_of(manifest)
     evaluate_folder(run, mixture, model, arm.label, model_hash, folder / "evaluation.json")
     result = ArmRun(arm=arm.label, seed=seed, tokens=tokens, displacement=displacement, branches=branches, alpha=alpha,
                     evaluation=str((folder / "evaluation.json").relative_to(run.folder)),
-                    made_from=arm_inputs(run, arm, seed))
+                    made_from=arm_inputs(run, arm, seed, plan_of))
     result.save(folder / "arm.json")
     if arm.method != "joint":  # joint's float32 weights are pulled back later
         for weights in folder.glob("branches/*/model"):
@@ -233,10 +236,10 @@ def run_arm(run: Run, arm: Arm, seed: int) -> ArmRun:
     return result
 
 
-def _train_arm(run: Run, arm: Arm, seed: int, folder: Path) -> tuple[MergeManifest, list[BranchManifest]]:
+def _train_arm(run: Run, arm: Arm, seed: int, folder: Path, plan_of: PlanOf) -> tuple[MergeManifest, list[BranchManifest]]:
     """Plan, branches and merge of an arm; what is already merged is not made again."""
     mixture, path = run.mixture, folder / "plan.json"
-    plan = _arm_plan(run, mixture, arm, seed)
+    plan = plan_of(run, mixture, arm, seed)
     if path.exists() and Plan.load(path) != plan and list(folder.glob("branches/*/branch.json")):
         raise ProvenanceError(f"{folder}: this arm was begun with another partition or other budgets than the recipe now "
                               f"asks for. Delete {folder}, or take the change back.")

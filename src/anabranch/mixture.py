@@ -96,6 +96,26 @@ def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str,
     return mixture
 
 
+def held_out_rows(recipe: Recipe, tokenizer: Any) -> tuple[dict[str, Rows], list[Exclusion]]:
+    """The rows of `evaluate.transfer` alone, tokenised: unit -> its rows, and what was left out. Nothing is written.
+
+    Raises:
+        MixtureError: as `build_mixture`; no usable row at all.
+    """
+    template = choose_template(recipe.mixture.chat_template, tokenizer)
+    material = _read_all(recipe, [e for e in _locate_all(recipe) if e.place == "transfer"])
+    making = _Making(recipe, tokenizer, template, {}, Path(), frozenset())
+    rows, excluded = {}, list(material.stray)
+    for name, unit in sorted(material.transfer.items()):
+        drawn, _, lost = _draw(making, unit, "held_out")
+        excluded += _count(name, unit.rejected + lost)
+        if len(drawn):
+            rows[name] = drawn
+    if not rows:
+        raise MixtureError.of("the data has no usable row. What was left out, and why:", exclusion_lines(_sorted(excluded)))
+    return rows, _sorted(excluded)
+
+
 def exclusion_lines(excluded: Sequence[Exclusion]) -> list[str]:
     """One line per rule, unit and side: how many rows, and the first of them."""
     return [f"{e.unit} ({e.split}): {e.rows:,} {'row' if e.rows == 1 else 'rows'}, {e.rule}: {e.example}"

@@ -204,11 +204,12 @@ def batches(rows: Rows, indices: np.ndarray, batch_tokens: int, where: torch.dev
         end = start + 1
         while end < len(order) and (end - start + 1) * int(rows.lengths[order[end]]) <= batch_tokens:
             end += 1
-        yield _pad(rows, order[start:end], where)
+        yield padded(rows, order[start:end], where)
         start = end
 
 
-def _pad(rows: Rows, chosen: np.ndarray, where: torch.device) -> Batch:
+def padded(rows: Rows, chosen: np.ndarray, where: torch.device) -> Batch:
+    """The rows with these numbers as one batch."""
     width = int(rows.lengths[chosen].max())
     ids = np.zeros((len(chosen), width), dtype=np.int64)
     attention = np.zeros_like(ids)

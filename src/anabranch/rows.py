@@ -52,6 +52,21 @@ class Rows:
         total = np.concatenate([[0], np.cumsum(self.response, dtype=np.int64)])
         return total[self.offsets[1:]] - total[self.offsets[:-1]]
 
+    def take(self, chosen: np.ndarray) -> Rows:
+        """The rows with these numbers, in their order."""
+        lengths = self.lengths[chosen]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        where = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][chosen] - offsets[:-1], lengths)
+        return Rows(self.input_ids[where], self.response[where], offsets)
+
+    @classmethod
+    def joined(cls, parts: list[Rows]) -> Rows:
+        """All rows of several, one after the other."""
+        lengths = np.concatenate([np.zeros(0, np.int64), *(p.lengths for p in parts)])
+        return cls(np.concatenate([np.zeros(0, np.int32), *(p.input_ids for p in parts)]),
+                   np.concatenate([np.zeros(0, np.uint8), *(p.response for p in parts)]),
+                   np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """(input_ids int32, response uint8) of row i."""
         span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))

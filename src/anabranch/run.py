@@ -62,8 +62,8 @@ from anabranch.report import write_report
 STAGES = ("mixture", "gradients", "conflict", "split", "train", "merge", "evaluate", "report")
 # What each stage leaves; `--from STAGE` removes what it and the stages after it left.
 LEAVES = {"mixture": ["mixture"], "gradients": ["gradients"], "conflict": ["conflict"], "split": ["plan.json"],
-          "train": ["branches"], "merge": ["merged", "merged.partial"], "evaluate": ["evaluation"],
-          "report": ["report.html", "report.md"]}
+          "train": ["branches"], "merge": ["merged", "merged.partial", "merge_methods", "merge_methods.json"],
+          "evaluate": ["evaluation"], "report": ["report.html", "report.md"]}
 
 RANDOM_PLANS = 20  # drawn to tell how far the branches of random groups drift apart
 

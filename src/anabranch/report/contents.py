@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,13 +18,16 @@ from anabranch.artifacts import (
     Evaluation,
     MergeManifest,
     Mixture,
+    Operators,
+    Pilot,
     Plan,
     digest,
     file_digest,
 )
+from anabranch.diagnose.artifacts import KINDS, Diagnostic
 from anabranch.errors import CorruptedError, OutputError
 
-A = TypeVar("A", Conflict, Plan, MergeManifest, Comparison)
+A = TypeVar("A", Conflict, Plan, MergeManifest, Comparison, Pilot, Operators)
 PLACE_WORDS = {"held_out": "held-out rows", "transfer": "transfer", "retention": "retention"}
 PLACE_MEANING = {
     "held_out": "rows of the mixture's own units that no stage trained or calibrated on: was the mixture learned?",
@@ -39,6 +42,8 @@ class Contents:
     """The artifacts of one folder. What is None or empty has not been made yet.
 
     T units, R axes: `tensors` has cosine, corrected, gram [T, T] and scores [T, R], rows in `conflict.units` order.
+    `diagnostics`: by kind; `outdated`: what is there and was made of another mixture, plan or merged model than the folder
+    now holds, and is not shown: kinds of diagnostics, `pilot`, `merge_methods`.
     """
 
     name: str
@@ -50,6 +55,10 @@ class Contents:
     merge: MergeManifest | None
     evaluations: dict[str, Evaluation]
     comparison: Comparison | None
+    diagnostics: dict[str, Diagnostic] = field(default_factory=dict)
+    outdated: list[str] = field(default_factory=list)
+    pilot: Pilot | None = None
+    operators: Operators | None = None
 
     @property
     def groups(self) -> dict[str, int | None]:
@@ -91,24 +100,47 @@ def read_contents(run: Path) -> Contents:
     conflict = _maybe(Conflict, run / "conflict" / "conflict.json")
     manifests = sorted((run / "branches").glob("*/branch.json")) if (run / "branches").is_dir() else []
     branches = [BranchManifest.load(path) for path in manifests]
+    merge = _maybe(MergeManifest, run / "merged" / "manifest.json")
+    diagnostics, outdated = _diagnostics(run / "diagnostics", merge)
+    mixture, plan = Mixture.load(run / "mixture" / "mixture.json"), _maybe(Plan, run / "plan.json")
+    pilot, operators = _maybe(Pilot, run / "pilot.json"), _maybe(Operators, run / "merge_methods.json")
+    if pilot is not None and pilot.made_from.get("mixture", mixture.hash) != mixture.hash:
+        pilot, outdated = None, [*outdated, "pilot"]
+    if operators is not None and plan is not None and operators.made_from.get("plan", plan.hash) != plan.hash:
+        operators, outdated = None, [*outdated, "merge_methods"]
     evaluations = {path.stem: Evaluation.load(path) for path in sorted((run / "evaluation").glob("*.json"))}
     return Contents(
         name=run.name,
-        mixture=Mixture.load(run / "mixture" / "mixture.json"),
+        mixture=mixture,
         conflict=conflict,
         tensors=_tensors(run / "conflict" / "conflict.safetensors", conflict) if conflict else {},
-        plan=_maybe(Plan, run / "plan.json"),
+        plan=plan,
         branches={b.branch: b for b in sorted(branches, key=lambda b: b.branch)},
-        merge=_maybe(MergeManifest, run / "merged" / "manifest.json"),
+        merge=merge,
         evaluations=evaluations,
-        comparison=_comparison(run),
+        comparison=_comparison(run, mixture),
+        diagnostics=diagnostics,
+        outdated=outdated,
+        pilot=pilot,
+        operators=operators,
     )
 
 
-def _comparison(run: Path) -> Comparison | None:
+def _diagnostics(folder: Path, merge: MergeManifest | None) -> tuple[dict[str, Diagnostic], list[str]]:
+    """What is there by kind, without what was made of another merged model; and the kinds of that."""
+    found = {kind: cls.load(folder / f"{kind}.json") for kind, cls in KINDS.items() if (folder / f"{kind}.json").is_file()}
+    here = merge.model_hash if merge else None
+    old = [kind for kind, d in found.items() if here is not None and d.made_from.get("merged", here) != here]
+    return {kind: d for kind, d in found.items() if kind not in old}, old
+
+
+def _rows_hash(mixture: Mixture) -> str:
+    return digest({u.name: u.sha256 for u in mixture.units})
+
+
+def _comparison(run: Path, mixture: Mixture) -> Comparison | None:
     """The comparison, unless it was made on another mixture than the folder now holds: its verdict would be of that."""
-    found, mixture = _maybe(Comparison, run / "compare.json"), Mixture.load(run / "mixture" / "mixture.json")
-    here = digest({u.name: u.sha256 for u in mixture.units})
+    found, here = _maybe(Comparison, run / "compare.json"), _rows_hash(mixture)
     return found if found is not None and found.made_from.get("mixture", here) == here else None
 
 

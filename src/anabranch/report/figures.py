@@ -87,7 +87,8 @@ def _diverging() -> ListedColormap:
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def settings() -> Iterator[None]:
+    """Fonts and the like for everything drawn inside; pyplot's own are left alone."""
     rc = {"font.family": "DejaVu Sans", "font.size": 10.5, "svg.fonttype": "none", "text.parse_math": False,
           "axes.spines.top": False, "axes.spines.right": False, "axes.unicode_minus": True, "path.simplify": True,
           "axes.titlesize": 10.5, "axes.labelsize": 10.5, "xtick.labelsize": 9.5, "ytick.labelsize": 9.5}
@@ -98,7 +99,7 @@ def _settings() -> Iterator[None]:
 
 def svg(name: str, alt: str, draw: Callable[[Figure, Theme], None], size: tuple[float, float]) -> str:
     """An inline `<svg>` that scales with its container. `name` keeps its ids apart from other figures'."""
-    with _settings(), matplotlib.rc_context({"svg.hashsalt": f"anabranch {name}"}):
+    with settings(), matplotlib.rc_context({"svg.hashsalt": f"anabranch {name}"}):
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
         FigureCanvasAgg(figure)
         figure.patch.set_visible(False)
@@ -126,12 +127,13 @@ def _inline(text: str, name: str, alt: str, size: tuple[float, float]) -> str:
             f'style="--w:{size[0]:g}px">{body}')
 
 
-def _tip(artist: Any, text: str) -> None:
+def tip(artist: Any, text: str) -> None:
     """What a pointer resting on the mark is told; in hex on its way through matplotlib, so that no name is markup."""
     artist.set_gid("tip-" + clean(text).encode().hex())
 
 
-def _dress(axes: Axes, theme: Theme, grid: Literal["x", "y", "both"] | None = None) -> None:
+def dress(axes: Axes, theme: Theme, grid: Literal["x", "y", "both"] | None = None) -> None:
+    """Axes in the theme's colours, quiet; the figures are what should stand out."""
     axes.set_facecolor("none")
     for spine in axes.spines.values():
         spine.set_color(theme.line)
@@ -180,7 +182,7 @@ def draw_heat_map(figure: Figure, theme: Theme, contents: Contents, box: Box | N
     axes = figure.add_axes((left, bottom, w, h))
     shades = axes.imshow(matrix[np.ix_(order, order)], cmap=_diverging(), vmin=-1, vmax=1, interpolation="none",
                          aspect="auto")
-    _dress(axes, theme)
+    dress(axes, theme)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -191,7 +193,7 @@ def draw_heat_map(figure: Figure, theme: Theme, contents: Contents, box: Box | N
     scale = figure.add_axes((left, bottom - 18 / height, w, 9 / height))
     bar_axis = figure.colorbar(shades, cax=scale, orientation="horizontal", ticks=[-1, -0.5, 0, 0.5, 1])
     bar_axis.outline.set_edgecolor(theme.line)
-    _dress(scale, theme)
+    dress(scale, theme)
     scale.set_xticklabels(["−1 opposed", "−0.5", "0", "0.5", "alike 1"])
     scale.get_xticklabels()[0].set_horizontalalignment("left")
     scale.get_xticklabels()[-1].set_horizontalalignment("right")
@@ -211,7 +213,7 @@ def _group_bars(figure: Figure, theme: Theme, contents: Contents, order: np.ndar
         group = groups.get(unit)
         colour = theme.group(group)
         patch = rows.add_patch(Rectangle((0, at), 1, 1, color=colour, linewidth=0.4))
-        _tip(patch, f"{at + 1}. {unit}" + ("" if group is None else f" (group {group})"))
+        tip(patch, f"{at + 1}. {unit}" + ("" if group is None else f" (group {group})"))
         columns.add_patch(Rectangle((at, 0), 1, 1, color=colour, linewidth=0.4))
     rows.set(xlim=(0, 1), ylim=(count, 0))
     columns.set(xlim=(0, count), ylim=(0, 1))
@@ -230,7 +232,7 @@ def _row_names(axes: Axes, theme: Theme, units: Sequence[str]) -> None:
         text = axes.annotate(f"{shorten(unit, 26)}\u2002{at + 1}", (0, at), xycoords=("axes fraction", "data"),
                              xytext=(-16, 0), textcoords="offset points", ha="right", va="center", fontsize=size,
                              color=theme.ink)
-        _tip(text, unit)
+        tip(text, unit)
 
 
 def draw_map(axes: Axes, theme: Theme, contents: Contents) -> None:
@@ -240,15 +242,15 @@ def draw_map(axes: Axes, theme: Theme, contents: Contents) -> None:
     xy = np.zeros((len(conflict.units), 2))
     xy[:, : min(2, scores.shape[1])] = scores[:, :2]
     groups = contents.groups
-    _dress(axes, theme)
+    dress(axes, theme)
     axes.axhline(0, color=theme.line, linewidth=0.8, zorder=0)
     axes.axvline(0, color=theme.line, linewidth=0.8, zorder=0)
     size = 6.5 if len(xy) <= 60 else 4.5
     for (x, y), unit in zip(xy, conflict.units, strict=True):
         group = groups.get(unit)
-        (mark,) = axes.plot(x, y, MARKERS[_style(group)], color=theme.group(group), markersize=size,
+        (mark,) = axes.plot(x, y, marker(group), color=theme.group(group), markersize=size,
                             markeredgecolor=theme.paper, markeredgewidth=0.6)
-        _tip(mark, unit + ("" if group is None else f" (group {group})"))
+        tip(mark, unit + ("" if group is None else f" (group {group})"))
     axes.margins(0.12)
     share = [f", {value:.0%} of the variance" for value in conflict.explained[:2]] + ["", ""]
     axes.set_xlabel(f"axis 1{share[0]}")
@@ -258,14 +260,15 @@ def draw_map(axes: Axes, theme: Theme, contents: Contents) -> None:
     place_labels(axes, xy[extremes], [shorten(conflict.units[i], 22) for i in extremes], xy, theme.ink, theme.soft)
 
 
-def _style(group: int | None) -> int:
-    return 0 if group is None else (group + group // len(MARKERS)) % len(MARKERS)
+def marker(group: int | None) -> str:
+    """A group's mark: colour and mark together repeat only after 64 groups."""
+    return MARKERS[0 if group is None else (group + group // len(MARKERS)) % len(MARKERS)]
 
 
 def _legend(axes: Axes, theme: Theme, groups: Sequence[int]) -> None:
     if not groups or len(groups) > 12:
         return
-    marks = [Line2D([], [], linestyle="", marker=MARKERS[_style(g)], color=theme.group(g), markersize=6)
+    marks = [Line2D([], [], linestyle="", marker=marker(g), color=theme.group(g), markersize=6)
              for g in groups]
     axes.legend(marks, [f"group {g}" for g in groups], ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0),
                 frameon=False, labelcolor=theme.soft, fontsize=9.5, handletextpad=0.2, columnspacing=1.2)
@@ -274,10 +277,10 @@ def _legend(axes: Axes, theme: Theme, groups: Sequence[int]) -> None:
 def draw_spectrum(axes: Axes, theme: Theme, conflict: Conflict) -> None:
     """Share of variance by axis, the first twelve."""
     shown = conflict.explained[:12]
-    _dress(axes, theme, "y")
+    dress(axes, theme, "y")
     bars = axes.bar(range(1, len(shown) + 1), [100 * v for v in shown], color=theme.groups[0], width=0.7)
     for i, (bar, value) in enumerate(zip(bars, shown, strict=True)):
-        _tip(bar, f"axis {i + 1}: {value:.1%}")
+        tip(bar, f"axis {i + 1}: {value:.1%}")
         if i < 4:
             axes.text(i + 1, 100 * value, f"{value:.0%}", ha="center", va="bottom", color=theme.ink, fontsize=9.5)
     axes.set_xlabel("axis")
@@ -288,14 +291,14 @@ def draw_spectrum(axes: Axes, theme: Theme, conflict: Conflict) -> None:
 def draw_reliability(axes: Axes, theme: Theme, conflict: Conflict) -> None:
     """Each unit's split-half reliability, lowest first; units at or below zero stand out in colour and shape."""
     order = np.argsort(np.array(conflict.reliability), kind="stable")
-    _dress(axes, theme, "y")
+    dress(axes, theme, "y")
     axes.axhline(0, color=theme.soft, linewidth=0.8)
     for at, i in enumerate(order):
         value = conflict.reliability[i]
         bad = conflict.units[i] in conflict.unreliable
         (mark,) = axes.plot(at + 1, max(value, -1.0), "X" if bad else "o", color=theme.bad if bad else theme.groups[0],
                             markersize=5 if bad else 3.5)
-        _tip(mark, f"{conflict.units[i]}: {value:.2f}")
+        tip(mark, f"{conflict.units[i]}: {value:.2f}")
     axes.set_xlabel("units, lowest first")
     axes.set_ylabel("reliability")
     axes.set_ylim(min(-0.05, max(-1.05, min(conflict.reliability, default=0.0) - 0.1)), 1.05)
@@ -306,7 +309,7 @@ def draw_composition(axes: Axes, theme: Theme, contents: Contents) -> None:
     """Three stacked bars: each group's share of units, samples and tokens."""
     assert contents.plan is not None
     groups = contents.plan.groups
-    _dress(axes, theme)
+    dress(axes, theme)
     for y, name in enumerate(("tokens", "samples", "units")):
         values = np.array([getattr(g, name) for g in groups], dtype=np.float64)
         share = values / max(values.sum(), 1.0)
@@ -314,7 +317,7 @@ def draw_composition(axes: Axes, theme: Theme, contents: Contents) -> None:
         for group, part in zip(groups, share, strict=True):
             (bar,) = axes.barh(y, part, left=start, color=theme.group(group.group), height=0.62, edgecolor=theme.paper,
                                linewidth=1.0)
-            _tip(bar, f"group {group.group}: {getattr(group, name):,} {name}, {part:.1%}")
+            tip(bar, f"group {group.group}: {getattr(group, name):,} {name}, {part:.1%}")
             if part >= 0.09:
                 axes.text(start + part / 2, y, f"{group.group}: {part:.0%}", ha="center", va="center",
                           color=theme.paper, fontsize=9.5, fontweight="bold")
@@ -329,7 +332,7 @@ def draw_composition(axes: Axes, theme: Theme, contents: Contents) -> None:
 
 def draw_losses(axes: Axes, theme: Theme, branches: Mapping[int, BranchManifest]) -> None:
     """Training loss by optimizer step, one line per branch; long logs averaged down to CURVE_POINTS."""
-    _dress(axes, theme, "y")
+    dress(axes, theme, "y")
     for k, branch in branches.items():
         if not branch.losses:
             continue
@@ -338,7 +341,7 @@ def draw_losses(axes: Axes, theme: Theme, branches: Mapping[int, BranchManifest]
             steps, values = (np.array([p.mean() for p in np.array_split(a, CURVE_POINTS)]) for a in (steps, values))
         (line,) = axes.plot(steps, values, DASHES[k % len(DASHES)], color=theme.group(k), linewidth=1.6,
                             label=f"branch {k}")
-        _tip(line, f"branch {k}")
+        tip(line, f"branch {k}")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss, nats per token")
     if 1 <= len(branches) <= 12:
@@ -348,7 +351,7 @@ def draw_losses(axes: Axes, theme: Theme, branches: Mapping[int, BranchManifest]
 
 def draw_differences(axes: Axes, theme: Theme, found: Sequence[Difference]) -> None:
     """One row per place: a dot per unit, loss of the merged model minus the base's, and the mean with its interval."""
-    _dress(axes, theme, "x")
+    dress(axes, theme, "x")
     axes.axvline(0, color=theme.soft, linewidth=1.0)
     for y, place in enumerate(reversed(found)):
         for unit, value in sorted(place.by_unit.items()):
@@ -356,11 +359,11 @@ def draw_differences(axes: Axes, theme: Theme, found: Sequence[Difference]) -> N
             won = value < 0
             (mark,) = axes.plot(value, y + 0.12 + 0.38 * (lift + 0.5), "o" if won else "^", markersize=4,
                                 color=theme.good if won else theme.bad, alpha=0.75, markeredgewidth=0)
-            _tip(mark, f"{unit}: {signed(value)}")
+            tip(mark, f"{unit}: {signed(value)}")
         if place.low is not None and place.high is not None:
             axes.plot([place.low, place.high], [y, y], color=theme.ink, linewidth=2.4, solid_capstyle="butt")
         (mean,) = axes.plot(place.mean, y, "D", color=theme.ink, markersize=6)
-        _tip(mean, f"mean: {signed(place.mean)}")
+        tip(mean, f"mean: {signed(place.mean)}")
     axes.set_yticks(range(len(found)), [PLACE_WORDS[d.place] for d in reversed(found)])
     axes.tick_params(axis="y", length=0, labelcolor=theme.ink)
     axes.set_ylim(-0.3, len(found) - 0.3)
@@ -411,7 +414,7 @@ def _ends(row: ArmSummary) -> tuple[float, float]:
 
 def draw_trade(axes: Axes, theme: Theme, points: Sequence[TradePoint]) -> None:
     """Held-out loss across, retention loss up; towards the lower left is better in both. Faint marks: single seeds."""
-    _dress(axes, theme, "both")
+    dress(axes, theme, "both")
     crosses: list[tuple[float, float]] = []
     for p in points:
         hue, marker, size = _FAMILY[p.family]
@@ -426,7 +429,7 @@ def draw_trade(axes: Axes, theme: Theme, points: Sequence[TradePoint]) -> None:
             axes.plot(*np.array(p.seeds).T, marker, color=colour, markersize=size * 0.45, alpha=0.45, markeredgewidth=0)
         (mark,) = axes.plot(p.held_out, p.retention, marker, color=colour, markersize=size, markeredgecolor=theme.paper,
                             markeredgewidth=0.8, zorder=4)
-        _tip(mark, f"{p.name}: held-out {p.held_out:.3f}, retention {p.retention:.3f}")
+        tip(mark, f"{p.name}: held-out {p.held_out:.3f}, retention {p.retention:.3f}")
     axes.margins(0.14)
     axes.set_xlabel("← better · held-out loss, nats per token")
     axes.set_ylabel("← better · retention loss, nats per token")
@@ -447,7 +450,7 @@ def summary_picture(run: Path, out: Path) -> None:
         CorruptedError: a damaged artifact.
     """
     contents = read_contents(run)
-    with _settings():
+    with settings():
         figure = Figure(figsize=(16, 5.6), dpi=100, facecolor=LIGHT.paper)
         FigureCanvasAgg(figure)
         figure.text(0.02, 0.94, "Conflict between units", fontsize=14, color=LIGHT.ink, parse_math=False)

@@ -6,8 +6,9 @@ import re
 import textwrap
 
 from anabranch.artifacts import Comparison
-from anabranch.report import tables
+from anabranch.report import pilot, tables
 from anabranch.report.contents import PLACE_MEANING, PLACE_WORDS, Contents, clean, shorten
+from anabranch.report.diagnostics import sections
 from anabranch.report.tables import Table
 from anabranch.report.verdict import of_comparison, verdict
 from anabranch.scores import PLACES
@@ -26,8 +27,9 @@ def markdown(contents: Contents) -> str:
     if undone := tables.not_done(contents):
         lines += ["", *(_bullet(line) for line in undone)]
     for title, parts in (("The mixture", _mixture(contents)), ("Conflict between units", _conflict(contents)),
-                         ("The split", _groups(contents)), ("Training", _training(contents)),
-                         ("Evaluation", _evaluation(contents)), ("Comparison of arms", _comparison(contents))):
+                         ("The split", _groups(contents)), ("The pilot", _pilot(contents)), ("Training", _training(contents)),
+                         ("Evaluation", _evaluation(contents)), ("Diagnostics", _diagnostics(contents)),
+                         ("Other merge methods", _operators(contents)), ("Comparison of arms", _comparison(contents))):
         if parts:
             lines += ["", f"## {title}", "", *parts]
     return "\n".join(lines) + "\n"
@@ -123,6 +125,37 @@ def _evaluation(contents: Contents) -> list[str]:
     worst = tables.worst_table(contents)
     if worst is not None and worst.rows:
         lines += _table(worst)
+    return lines[:-1]
+
+
+def _diagnostics(contents: Contents) -> list[str]:
+    lines: list[str] = []
+    for s in sections(contents):
+        judged = {"good": " (good)", "bad": " (BAD)", "none": ""}[s.verdict]
+        lines += [f"### {s.name}{judged}", "", _wrapped(_sentence(s.finding + ".")), ""]
+        lines += [_bullet(_sentence(t)) for t in s.said]
+        if s.cost:
+            predicted, measured = ([_plain(cell) for cell in row[1:]] for row in s.cost.rows)
+            lines.append(_bullet(f"Cost: {measured[0]} forward passes and {measured[1]} s (predicted {predicted[0]} and "
+                                 f"{predicted[1]} s)."))
+        lines += ["", *_table(s.tables[0], rows=8)]
+    return lines[:-1]
+
+
+def _pilot(contents: Contents) -> list[str]:
+    if (found := contents.pilot) is None:
+        return []
+    lines = [_wrapped(_sentence(pilot.advice(found) + ".")), "", *(_bullet(_sentence(t)) for t in found.said), ""]
+    return [*lines, *_table(pilot.pilot_table(found), rows=40, name_width=34)][:-1]
+
+
+def _operators(contents: Contents) -> list[str]:
+    if (found := contents.operators) is None:
+        return []
+    lines = [*(_bullet(_sentence(t)) for t in found.verdict), ""]
+    for place in PLACES:
+        if any(place in r.places for r in found.results):
+            lines += _table(tables.operators_table(found, place), [0, 1, 2, 3, 4, 6], rows=40)
     return lines[:-1]
 
 

@@ -9,14 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from anabranch.artifacts import Comparison
-from anabranch.report import figures, tables
+from anabranch.report import figures, pilot, tables
 from anabranch.report.contents import PLACE_MEANING, PLACE_WORDS, Contents
+from anabranch.report.diagnostic_figures import picture_svg
+from anabranch.report.diagnostics import Section, sections
 from anabranch.report.figures import Theme
 from anabranch.report.markup import Markup, code, html_table, tag, text
 from anabranch.report.verdict import difference, verdict
 from anabranch.scores import PLACES, TIE
 
 MARKS = {"good": "✓", "bad": "✗", "mixed": "±", "unknown": "?"}
+JUDGED = {"good": "good", "bad": "bad", "none": "describes, does not judge"}
 TALL = 14  # a table with more rows scrolls inside its box
 # Even opened from an untrusted place, the file can load nothing and run nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -28,8 +31,11 @@ def html_page(contents: Contents) -> str:
         ("mixture", "The mixture", _mixture(contents)),
         ("conflict", "Conflict between units", _conflict(contents)),
         ("groups", "The split", _groups(contents)),
+        ("pilot", "The pilot", _pilot(contents)),
         ("training", "Training and merge", _training(contents)),
         ("evaluation", "Evaluation", _evaluation(contents)),
+        ("diagnostics", "Diagnostics", _diagnostics(contents)),
+        ("methods", "Other merge methods on the same branches", _operators(contents)),
         ("comparison", "Comparison of arms", _comparison(contents)),
     ) if body]
     links = tag("nav", *(tag("a", title, href=f"#{key}") for key, title, _ in sections), aria_label="Sections")
@@ -307,6 +313,47 @@ def _trade(points: Sequence[figures.TradePoint], what: str, more: str) -> Markup
                        (0.15, 0.12, 0.83, 0.85)), "Learning against keeping",
                  _note("Left: the mixture was learned better. Down: more of what the base could do was kept. Lower "
                        "left is better in both; of two points on a falling line neither beats the other." + more))
+
+
+def _diagnostics(contents: Contents) -> list[Markup]:
+    if not contents.diagnostics:
+        return []
+    return [_lead("What lies between the models and around them, and how well the gradients were measured. Losses are nats per "
+                  "response token, on held-out rows unless said otherwise. A diagnostic that judges bears ✓ (good) or ✗ (bad); "
+                  "the others describe."),
+            *(tag("div", *_diagnostic(contents, s), cls="diagnostic") for s in sections(contents))]
+
+
+def _diagnostic(contents: Contents, section: Section) -> list[Markup]:
+    mark = MARKS.get(section.verdict)
+    judged = [tag("span", mark, cls=f"mark {section.verdict}", title=JUDGED[section.verdict])] if mark else []
+    picture = Markup(picture_svg(contents.diagnostics[section.key], f"diagnostic-{section.key}"))
+    details = [html_table(t, tall=len(t.rows) > TALL) for t in section.tables]
+    cost = [_more("Cost", html_table(section.cost))] if section.cost else []
+    return [tag("h3", *judged, section.name, cls="finding"), tag("p", code(section.finding + "."), cls="lead"),
+            tag("div", picture, cls="plot scrolls"), _note(section.meaning, *section.said), _more("Figures", *details), *cost]
+
+
+def _pilot(contents: Contents) -> list[Markup]:
+    found = contents.pilot
+    if found is None:
+        return []
+    drift = [html_table(pilot.drift_table(found))] if found.drift else []
+    cost = [_more("Cost", html_table(table))] if (table := pilot.pilot_cost(found)) else []
+    return [_lead("Every arm was trained on a small share of the tokens; its loss on the full budget is forecast from that. "
+                  "Joint training is the line at 0, left of it is better."),
+            tag("p", code(pilot.advice(found) + ".")), tag("div", Markup(pilot.pilot_svg(found)), cls="plot scrolls"),
+            _note(*found.said), html_table(pilot.pilot_table(found)), *drift, *cost]
+
+
+def _operators(contents: Contents) -> list[Markup]:
+    found = contents.operators
+    if found is None:
+        return []
+    places = [p for p in PLACES if any(p in r.places for r in found.results)]
+    return [_lead("The run's own branches, merged in other ways with the same weights and each method's defaults. Differences "
+                  "are loss minus token_weighted's: negative is better. `branches` are the branches' own scores, averaged."),
+            _note(*found.verdict), *(html_table(tables.operators_table(found, p)) for p in places)]
 
 
 def _comparison(contents: Contents) -> list[Markup]:

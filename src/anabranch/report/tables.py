@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from anabranch.artifacts import ArmRun, ArmSummary, Comparison, Exclusion, Unit
+from anabranch.artifacts import ArmRun, ArmSummary, Comparison, Exclusion, OperatorResult, Operators, Unit
 from anabranch.report.contents import PLACE_WORDS, Contents
 from anabranch.report.verdict import difference, signed
 from anabranch.scores import PLACES, macro_loss, mean_answer, token_loss
@@ -228,11 +229,29 @@ def place_table(comparison: Comparison, place: str) -> Table:
     return Table(PLACE_WORDS[place].capitalize(), headers, [row(s) for s in comparison.summary if s.place == place])
 
 
+def operators_table(operators: Operators, place: str) -> Table:
+    """Other merge methods on the same branches at one place, lowest loss first; base and branches beside them."""
+
+    def row(r: OperatorResult) -> list[str]:
+        p = r.places[place]  # type: ignore[index]
+        return [r.name, number(p.loss), NONE if p.difference is None else signed(p.difference), _interval(p.low, p.high),
+                NONE if p.difference is None else f"{p.wins} / {p.ties} / {p.losses}", number(p.token_loss),
+                number(r.displacement, 2), number(p.exact_match), number(p.f1)]
+
+    there = sorted((r for r in operators.results if place in r.places), key=lambda r: r.places[place].loss)  # type: ignore[index]
+    return Table(PLACE_WORDS[place].capitalize(),
+                 ["method", "loss", "against token_weighted", "95 % interval", "won / tied / lost", "token-weighted",
+                  "distance from base", "exact match", "F1"], [row(r) for r in there])
+
+
 def not_done(contents: Contents) -> list[str]:
     """One line per stage that has left nothing, or not all, yet. A comparison folder trains its arms elsewhere."""
-    if contents.comparison is not None and contents.plan is None:
-        return [] if contents.conflict else ["Conflict: not measured yet."]
     lines = []
+    if contents.outdated:
+        lines.append(f"Left out, as made of another mixture, plan or merged model than this folder now holds: "
+                     f"{', '.join(contents.outdated)}. The same command makes them anew.")
+    if contents.comparison is not None and contents.plan is None:
+        return lines if contents.conflict else [*lines, "Conflict: not measured yet."]
     if contents.conflict is None:
         lines.append("Conflict: not measured yet.")
     if contents.plan is None:
@@ -274,6 +293,13 @@ def key_numbers(contents: Contents) -> list[tuple[str, str, str]]:
                 before, after = macro_loss(getattr(base, place)), macro_loss(getattr(merged, place))
                 out.append((PLACE_WORDS[place], signed(d.mean),
                             f"loss {number(before)} → {number(after)}, base → merged"))
+    if contents.diagnostics:
+        count = Counter(d.verdict for d in contents.diagnostics.values())
+        out.append(("diagnostics", f"{count['good']} good, {count['bad']} bad",
+                    f"{count['none']} describe and do not judge"))
+    if contents.pilot is not None:
+        a = contents.pilot.advice
+        out.append(("pilot", a.action.replace("_", " "), f"recommended: {a.arm}" + ("" if a.known else ", not for certain")))
     if contents.comparison is not None:
         arms = {s.arm for s in contents.comparison.summary}
         out.append(("comparison", f"{len(arms)} arms", f"{_seeds(contents.comparison)}, equal token budget"))

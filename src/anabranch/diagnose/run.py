@@ -1,0 +1,328 @@
+"""Which diagnostics run, in which order, in how much time, and what they leave.
+
+    diagnostics/NAME.json   diagnostics/NAME.png
+
+A diagnostic whose JSON was made from just these models, rows and settings is not measured again. Before one starts, its
+cost is predicted from the number of forward passes and the time of one on these rows; what does not fit the time that is
+left is left out by name, with the time that it would take.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anabranch.artifacts import BranchManifest, MergeManifest, Mixture, digest
+from anabranch.branches import train_settings
+from anabranch.diagnose.artifacts import KINDS, Cost, Diagnostic
+from anabranch.diagnose.feed import (
+    displacement_passes,
+    generalization_passes,
+    lmc_passes,
+    measure_displacement,
+    measure_generalization,
+    measure_lmc,
+    measure_perturbation,
+    measure_surface,
+    perturbation_passes,
+    surface_passes,
+)
+from anabranch.diagnose.feed_curvature import curvature_passes, measure_curvature
+from anabranch.diagnose.feed_gradients import calibration_passes, map_passes, measure_calibration, measure_map
+from anabranch.diagnose.subject import (
+    BASE,
+    JOINT,
+    MERGED,
+    MIXTURE,
+    TRAINING,
+    NotApplicable,
+    Probe,
+    Settings,
+    Subject,
+    check_probes,
+    joined_probe,
+    live_model,
+    make_probe,
+)
+from anabranch.engine.checkpoint import checkpoint_hash
+from anabranch.engine.fetch import resolve
+from anabranch.errors import CorruptedError, OutputError, ProvenanceError, RecipeError, closest
+from anabranch.mixture import exclusion_lines, held_out_rows
+from anabranch.model import keep_buffers, load_tokenizer, select_trainable
+from anabranch.plan import load_plan
+from anabranch.recipe import EvaluateSection, MixtureSection, Recipe, Source
+from anabranch.recipe import Model as ModelSection
+from anabranch.report.diagnostic_figures import draw_picture
+from anabranch.rows import Rows, budget_indices, load_unit
+from anabranch.run import Run
+
+Passes = Callable[[Subject, Settings], float]
+Measure = Callable[[Subject, Settings], Diagnostic]
+# In the order in which time is given: what judges the merge first.
+DIAGNOSTICS: dict[str, tuple[Passes, Measure]] = {
+    "displacement": (displacement_passes, measure_displacement),
+    "generalization": (generalization_passes, measure_generalization),
+    "lmc": (lmc_passes, measure_lmc),
+    "map": (map_passes, measure_map),
+    "perturbation": (perturbation_passes, measure_perturbation),
+    "surface": (surface_passes, measure_surface),
+    "calibration": (calibration_passes, measure_calibration),
+    "curvature": (curvature_passes, measure_curvature),
+}
+MINUTES = 10.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a diagnostic: `found`, or why there is none."""
+
+    name: str
+    found: Diagnostic | None
+    why: str = ""
+
+
+def parse_only(text: str | None) -> list[str] | None:
+    """'lmc,displacement' -> names in the order of DIAGNOSTICS. Raises RecipeError naming every unknown one."""
+    if text is None:
+        return None
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    problems = [f"`{name}`: no such diagnostic.{closest(name, DIAGNOSTICS)}" for name in names if name not in DIAGNOSTICS]
+    if problems or not names:
+        raise RecipeError.of("--only:", problems or ["wanted names, as in lmc,displacement"])
+    return [name for name in DIAGNOSTICS if name in names]
+
+
+# ---- what is diagnosed -----------------------------------------------------------------------------------------------
+
+
+def subject_of_run(run: Run, settings: Settings) -> Subject:
+    """Base, branches, merged, and joint where the run's comparison has it, with held-out rows by group.
+
+    Raises:
+        ProvenanceError: the run has no trained branches or no merged model yet, or they are not of this plan.
+    """
+    mixture = run.mixture
+    plan, _ = load_plan(run.folder / "plan.json", mixture)
+    folders, hashes, epochs = {BASE: run.base}, {BASE: run.base_hash}, {BASE: 0.0}
+    passes = float(train_settings(run.recipe)["num_train_epochs"])
+    own = passes * sum(u.samples for u in mixture.units) / max(1, sum(u.rows for u in mixture.units))
+    missing = [str(g.group) for g in plan.groups if not (run.branch(g.group) / "branch.json").exists()]
+    if missing or not (run.folder / "merged" / "manifest.json").exists():
+        raise ProvenanceError(f"{run.folder}: {'branch ' + ', '.join(missing) + ' is' if missing else 'the merged model is'} not "
+                              "there yet. Run `anabranch run recipe.yaml` to the end first.")
+    for group in plan.groups:
+        manifest = BranchManifest.load(run.branch(group.group) / "branch.json")
+        if manifest.made_from.get("plan") != plan.hash:
+            raise ProvenanceError(f"{run.branch(group.group)}: was trained for another plan than plan.json now holds. Run "
+                                  "`anabranch run recipe.yaml` again: it says what to do.")
+        folders[f"branch-{group.group}"] = run.branch(group.group) / "model"
+        hashes[f"branch-{group.group}"] = digest(manifest.files)
+        epochs[f"branch-{group.group}"] = own
+    merged = MergeManifest.load(run.folder / "merged" / "manifest.json")
+    folders[MERGED], hashes[MERGED], epochs[MERGED] = run.folder / "merged", merged.model_hash, own
+    if (joint := _joint_of(run)) is not None:
+        folders[JOINT], epochs[JOINT] = joint, own
+        hashes[JOINT] = MergeManifest.load(joint / "manifest.json").model_hash
+    groups = {u.unit: u.group for u in plan.units}
+    held = _rows(run, mixture, "held_out")
+    by_group = {f"group-{g.group}": {u: r for u, r in held.items() if groups[u] == g.group} for g in plan.groups}
+    live = live_model(folders, trainable=lambda model: list(select_trainable(model, run.recipe.model)),
+                      trust_remote_code=run.recipe.model.trust_remote_code)
+    return Subject(
+        live, list(folders), [f"branch-{g.group}" for g in plan.groups], [g.weight for g in plan.groups],
+        _probes(held, by_group, _rows(run, mixture, "train"), settings), hashes, run, plan, epochs)
+
+
+def _joint_of(run: Run) -> Path | None:
+    """The comparison's jointly trained model, of the recipe's seed if it is among them."""
+    found = sorted((run.folder / "compare" / "joint").glob("seed-*/merged/manifest.json"),
+                   key=lambda p: (p.parts[-3] != f"seed-{run.recipe.seed}", p.parts[-3]))
+    return found[0].parent if found else None
+
+
+def _rows(run: Run, mixture: Mixture, split: str) -> dict[str, Rows]:
+    """unit -> its rows; of training rows only those that its budget holds."""
+    rows = {}
+    for unit in mixture.units:
+        found = load_unit(run.folder / "mixture" / unit.file, split)
+        if split == "train":
+            found = found.take(np.unique(budget_indices(len(found), unit.epochs, run.recipe.seed, unit.name)))
+        if len(found):
+            rows[unit.name] = found
+    return rows
+
+
+def _probes(held: dict[str, Rows], by_group: dict[str, dict[str, Rows]], training: dict[str, Rows],
+            settings: Settings) -> dict[str, Probe]:
+    """Groups share the mixture's rows, so that what is measured on them is also measured on it."""
+    if not held:
+        raise ProvenanceError("no unit has held-out rows, so there is nothing to diagnose on. Set `mixture.held_out` in the "
+                              "recipe, and run it again.")
+    filled = {name: rows for name, rows in by_group.items() if rows}
+    probes = {}
+    if len(filled) > 1:
+        each = Settings(**(asdict(settings) | {"rows": max(settings.batch_rows, settings.rows // len(filled))}))
+        probes = {name: make_probe(name, rows, each) for name, rows in filled.items()}
+        mixture = joined_probe(MIXTURE, list(probes.values()))
+    else:
+        mixture = make_probe(MIXTURE, held, settings)
+    probes = {MIXTURE: mixture, **probes}
+    return probes | ({TRAINING: make_probe(TRAINING, training, settings)} if training else {})
+
+
+def subject_of_models(base: str, branches: Sequence[str], merged: str | None, joint: str | None, data: Sequence[str],
+                      settings: Settings, *, max_length: int = 1024, warn: Callable[[str], None] = lambda _: None) -> Subject:
+    """Models from anywhere, judged on files of held-out rows; each file (or unit in it) is a unit.
+
+    Branch weights are those of the merged model's own manifest where it has as many, else equal.
+    Raises:
+        ModelError, ShapeMismatch, MixtureError: what does not load or line up, or has no usable row.
+    """
+    if not branches and merged is None:
+        raise RecipeError("nothing to compare the base with. Give --branch (once per branch), --merged, or both.")
+    wanted = {BASE: base, **{f"branch-{i}": b for i, b in enumerate(branches)}}
+    wanted |= ({MERGED: merged} if merged else {}) | ({JOINT: joint} if joint else {})
+    folders = {label: resolve(path) for label, path in wanted.items()}
+    live = live_model(folders, trainable=lambda model: [n for n, _ in model.named_parameters()])
+    sources = [Source(path=str(Path(d).resolve()) if Path(d).exists() else d) for d in data]
+    recipe = Recipe(model=ModelSection(path=str(folders[BASE])), mixture=MixtureSection(sources=sources, max_length=max_length),
+                    evaluate=EvaluateSection(transfer=sources), seed=settings.seed, output=Path.cwd() / "diagnostics")
+    rows, excluded = held_out_rows(recipe, load_tokenizer(folders[BASE]))
+    for line in exclusion_lines(excluded):
+        warn(f"left out: {line}")
+    weights = [1 / len(branches)] * len(branches)
+    if merged and (folders[MERGED] / "manifest.json").is_file():
+        try:
+            told = MergeManifest.load(folders[MERGED] / "manifest.json").weights
+        except CorruptedError:  # another tool's manifest.json
+            told = []
+        if len(told) == len(branches) and sum(told) > 0:
+            weights = [w / sum(told) for w in told]
+    hashes = {label: checkpoint_hash(folder) for label, folder in folders.items()}
+    return Subject(live, list(folders), [f"branch-{i}" for i in range(len(branches))], weights, _probes(rows, {}, {}, settings),
+                   hashes)
+
+
+# ---- cost, order, files ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Predicted cost of a diagnostic; `why`: it cannot run on this subject."""
+
+    name: str
+    passes: float = 0.0
+    seconds: float = 0.0
+    why: str = ""
+
+
+def seconds_per_pass(subject: Subject) -> float:
+    """Of one forward pass over a batch of the mixture's held-out rows, placing the weights included: the faster of two."""
+    probe, times = subject.probes[MIXTURE], []
+    for _ in range(2):
+        begun = time.monotonic()
+        subject.live.put({BASE: 1.0})
+        subject.live.losses(probe)
+        times.append(time.monotonic() - begun)
+    return min(times) / len(probe.batches)
+
+
+def forecasts(subject: Subject, settings: Settings, names: Sequence[str]) -> list[Forecast]:
+    """What each diagnostic would cost here."""
+    check_probes(subject.probes, subject.live.model)
+    each, found = seconds_per_pass(subject), []
+    for name in names:
+        try:
+            passes = DIAGNOSTICS[name][0](subject, settings)
+            found.append(Forecast(name, passes, passes * each))
+        except NotApplicable as error:
+            found.append(Forecast(name, why=str(error)))
+    return found
+
+
+def run_diagnostics(subject: Subject, out: Path, settings: Settings, *, only: list[str] | None = None,
+                    minutes: float = MINUTES, tell: Callable[[str], None] = print,
+                    progress: Callable[[str, str, int, int], None] = lambda *_: None) -> list[Outcome]:
+    """Measure what is not there yet, in order, while the time lasts.
+
+    Args:
+        only: just these, whatever they take. None: all that fit `minutes`, by prediction.
+    """
+    keep_buffers()
+    _writable(out)
+    begun, outcomes = time.monotonic(), []
+    for cost in forecasts(subject, settings, only or list(DIAGNOSTICS)):
+        inputs, path = _inputs(subject, settings, cost.name), out / f"{cost.name}.json"
+        known = _known(path, cost.name, inputs)
+        if known is not None:
+            tell(f"{cost.name}: as it was measured before ({path})")
+            outcomes.append(Outcome(cost.name, known))
+            continue
+        left = minutes * 60 - (time.monotonic() - begun)
+        if cost.why or (only is None and cost.seconds > left):
+            why = cost.why or (f"would take {_clock(cost.seconds)}, and {_clock(max(left, 0))} of --minutes {minutes:g} are left; "
+                               f"`--only {cost.name}` runs it whatever it takes")
+            tell(f"{cost.name}: left out: {why}")
+            outcomes.append(Outcome(cost.name, None, why))
+            continue
+        outcomes.append(_measure(subject, settings, cost, inputs, path, tell, progress))
+    return outcomes
+
+
+def _measure(subject: Subject, settings: Settings, cost: Forecast, inputs: dict[str, str], path: Path,
+             tell: Callable[[str], None], progress: Callable[[str, str, int, int], None]) -> Outcome:
+    tell(f"{cost.name}: {cost.passes:,.0f} forward passes, about {_clock(cost.seconds)}")
+    subject.tell = lambda what, done, total: progress(cost.name, what, done, total)
+    begun, before = time.monotonic(), subject.live.passes
+    try:
+        found = DIAGNOSTICS[cost.name][1](subject, settings)
+    except NotApplicable as error:
+        tell(f"{cost.name}: left out: {error}")
+        return Outcome(cost.name, None, str(error))
+    progress(cost.name, "", 1, 1)
+    spent = Cost(predicted_passes=cost.passes, predicted_seconds=round(cost.seconds, 2),
+                 measured_passes=subject.live.passes - before, measured_seconds=round(time.monotonic() - begun, 2))
+    found = found.model_copy(update={"made_from": inputs, "cost": spent})
+    found.save(path)
+    draw_picture(found, path.with_suffix(".png"))
+    for line in found.said:
+        tell(f"  {line}")
+    mark = {"good": "good", "bad": "BAD", "none": "no verdict"}[found.verdict]
+    tell(f"  {mark}; {spent.measured_passes:,.0f} passes, {_clock(spent.measured_seconds)} -> {path}, {path.stem}.png")
+    return Outcome(cost.name, found)
+
+
+def _inputs(subject: Subject, settings: Settings, name: str) -> dict[str, str]:
+    """What a diagnostic depends on."""
+    made_from: dict[str, Any] = {label: subject.hashes[label] for label in subject.labels}
+    made_from["rows"] = digest({n: p.hash for n, p in subject.probes.items()})
+    made_from["settings"] = digest([name, asdict(settings), subject.weights])
+    if subject.plan is not None:
+        made_from["plan"] = subject.plan.hash
+    return made_from
+
+
+def _known(path: Path, name: str, inputs: dict[str, str]) -> Diagnostic | None:
+    """The artifact that is there, if it was made from just this. A damaged one is made again."""
+    try:
+        found = KINDS[name].load(path)
+    except CorruptedError:
+        return None
+    return found if found.made_from == inputs and path.with_suffix(".png").exists() else None
+
+
+def _writable(out: Path) -> None:
+    """Told before minutes of work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to {out}: {error.strerror}. Give another folder with --output.") from error
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"

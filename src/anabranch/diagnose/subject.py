@@ -1,0 +1,238 @@
+"""What is diagnosed: models by label, rows to judge them on, and one model in memory that becomes any of them.
+
+No checkpoint is written for a point between models: the one live model's parameters are replaced in place, tensor by
+tensor, by the merge engine's own maths. Memory: one model in float32, and CHUNK numbers of each model that is mixed.
+
+A pass is one forward pass over one batch; a backward pass counts as two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from anabranch.artifacts import Plan, digest
+from anabranch.engine.checkpoint import Checkpoint
+from anabranch.errors import ModelError, ShapeMismatch
+from anabranch.merge.averaging import linear
+from anabranch.model import Batch, can_select, check_vocabulary, device, load_model, padded, response_losses
+from anabranch.rows import Rows, generator
+from anabranch.run import Run
+
+CHUNK = 1 << 24  # numbers of one tensor that are mixed at a time
+BASE, MERGED, JOINT, MIXTURE, TRAINING = "base", "merged", "joint", "mixture", "training"
+
+
+class NotApplicable(Exception):
+    """A diagnostic lacks what it needs; the message says what. Not an error: the others go on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the figures. `rows`: most rows of a probe; `batch_rows`: rows of a batch, the unit of the intervals."""
+
+    points: int = 21
+    seed: int = 0
+    rows: int = 256
+    batch_rows: int = 8
+    grid: int = 15
+    draws: int = 5
+    sigmas_isotropic: tuple[float, ...] = (0.002, 0.005, 0.01, 0.02, 0.05)
+    sigmas_filter: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    steps: int = 50
+    top: int = 10
+    axes: int = 3
+    representatives: int = 4
+    sizes: tuple[int, ...] = (25, 50, 100, 150, 200, 300, 400, 500, 700, 1000)
+    wanted_reliability: float = 0.9
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Rows that a loss is taken on, in batches of a seeded random order: batches are exchangeable, so they can be resampled."""
+
+    name: str
+    batches: tuple[Batch, ...]
+    hash: str
+
+    @property
+    def rows(self) -> int:
+        return sum(len(batch.rows) for batch in self.batches)
+
+
+def make_probe(name: str, units: Mapping[str, Rows], settings: Settings) -> Probe:
+    """At most `settings.rows` rows, as evenly from the units as they allow, drawn and ordered by seed and unit name."""
+    kept: dict[str, np.ndarray] = {u: generator(settings.seed, "probe", name, u).permutation(len(r)) for u, r in units.items()}
+    while sum(map(len, kept.values())) > settings.rows and max(map(len, kept.values())) > 1:
+        longest = max(map(len, kept.values()))
+        kept = {u: order[: max(1, longest - 1)] for u, order in kept.items()}
+    if sum(map(len, kept.values())) > settings.rows:  # more units than rows: one row of some of them
+        order = generator(settings.seed, "probe", name).permutation(len(kept))[: settings.rows]
+        kept = {u: kept[u] for u in np.array(list(kept))[np.sort(order)].tolist()}
+    rows = Rows.joined([units[u].take(order) for u, order in kept.items()])
+    shuffled = generator(settings.seed, "probe order", name).permutation(len(rows))
+    cut = range(0, len(rows), settings.batch_rows)
+    batches = tuple(padded(rows, shuffled[i : i + settings.batch_rows], device()) for i in cut)
+    return Probe(name, batches, digest([[rows.input_ids.tolist(), rows.response.tolist()], settings.batch_rows]))
+
+
+class Weights:
+    """A model's tensors by the live model's own parameter names, float32, read when asked for.
+
+    Straight from the files where they use those names. Where transformers renames or joins tensors when it loads
+    (mixtures of experts, old prefixes), the model is loaded once and kept in memory: slower, and always right.
+    """
+
+    def __init__(self, label: str, folder: Path, shapes: Mapping[str, torch.Size], *, trust_remote_code: bool = False) -> None:
+        self.label, self.folder = label, folder
+        self._files = Checkpoint.open(folder)
+        self._loaded: dict[str, Tensor] = {}
+        if not self._is_direct(shapes):
+            model = load_model(folder, "float32", trust_remote_code=trust_remote_code).cpu()
+            self._loaded = {n: p.detach() for n, p in model.named_parameters()}
+            self._check(shapes)
+
+    def _is_direct(self, shapes: Mapping[str, torch.Size]) -> bool:
+        """Every parameter under its own name, and no other matrix, but for an output head that repeats an embedding."""
+        found = self._files.tensors
+        if not all(n in found and found[n].shape == tuple(s) for n, s in shapes.items()):
+            return False
+        others = [n for n, info in found.items() if n not in shapes and n.endswith("weight") and len(info.shape) > 1]
+        return all(self._files.tied_copy_of(n) for n in others)
+
+    def _check(self, shapes: Mapping[str, torch.Size]) -> None:
+        problems = [f"parameter '{n}': the base has {tuple(shapes[n]) if n in shapes else 'none'}, {self.label} "
+                    f"{tuple(self._loaded[n].shape) if n in self._loaded else 'none'}"
+                    for n in sorted(shapes.keys() | self._loaded.keys())
+                    if n not in shapes or n not in self._loaded or self._loaded[n].shape != shapes[n]]
+        if problems:
+            more = [f".. and {len(problems) - 8} more"] if len(problems) > 8 else []
+            raise ShapeMismatch.of(
+                f"{self.folder}: its parameters do not line up with the base's, so nothing lies between them. Give models "
+                "trained from this base (of adapters: merge them into it first; resized vocabularies: `anabranch merge` "
+                "with a `tokenizer` section):", problems[:8] + more)
+
+    def read(self, name: str) -> Tensor:
+        """Parameter `name`, in its stored dtype, on the CPU: a view, do not change it."""
+        return self._loaded[name] if self._loaded else self._files.read(name)
+
+
+@dataclass
+class Live:
+    """One model in memory, in evaluation mode and float32, whose parameters are replaced in place."""
+
+    model: Any
+    weights: dict[str, Weights]
+    trainable: tuple[str, ...]
+    passes: float = 0.0
+    parameters: dict[str, nn.Parameter] = field(init=False)
+    select: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = dict(self.model.named_parameters())
+        self.select = can_select(self.model)
+
+    def read(self, label: str, name: str) -> Tensor:
+        """float32 CPU copy of a model's parameter."""
+        return self.weights[label].read(name).to(torch.float32, copy=True)
+
+    @torch.no_grad()
+    def put(self, mix: Mapping[str, float]) -> None:
+        """parameters = sum over labels of coefficient x model, by the engine's `linear` without normalisation, float32."""
+        terms = {label: c for label, c in mix.items() if c != 0.0}
+        shares = torch.tensor(list(terms.values()), dtype=torch.float64)
+        for name, parameter in self.parameters.items():
+            sources = [self.weights[label].read(name).reshape(-1) for label in terms]
+            target = parameter.data.reshape(-1)
+            for start in range(0, target.numel(), CHUNK):
+                pieces = [s[start : start + CHUNK].float() for s in sources]
+                whole = len(pieces) == 1 and float(shares[0]) == 1.0
+                target[start : start + CHUNK].copy_(
+                    pieces[0] if whole else linear(torch.stack(pieces), shares.float(), normalize=False))
+
+    @torch.no_grad()
+    def losses(self, probe: Probe) -> Float[np.ndarray, "batches 2"]:
+        """(sum of nats over response tokens, number of response tokens) of each batch, float64."""
+        found = np.zeros((len(probe.batches), 2))
+        for i, batch in enumerate(probe.batches):
+            losses, _ = response_losses(self.model, batch, select=self.select)
+            found[i] = float(losses.double().sum()), losses.numel()
+            self.passes += 1
+        return found
+
+    def mean_loss(self, probe: Probe) -> float:
+        """Nats per response token."""
+        total, tokens = self.losses(probe).sum(0)
+        return float(total / tokens)
+
+    def gradient(self, probe: Probe) -> dict[str, Tensor]:
+        """Gradient of the mean loss with respect to the trainable parameters; 3 passes a batch."""
+        wanted = [self.parameters[n] for n in self.trainable]
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        tokens = sum(int(b.response[:, 1:].sum()) for b in probe.batches)
+        total = [torch.zeros_like(p) for p in wanted]
+        for batch in probe.batches:
+            losses, _ = response_losses(self.model, batch, select=self.select)
+            for sum_, piece in zip(total, torch.autograd.grad(losses.sum() / tokens, wanted), strict=True):
+                sum_.add_(piece)
+            self.passes += 3
+        return dict(zip(self.trainable, total, strict=True))
+
+
+def joined_probe(name: str, parts: Sequence[Probe]) -> Probe:
+    """All batches of several probes."""
+    return Probe(name, tuple(b for p in parts for b in p.batches), digest([p.hash for p in parts]))
+
+
+@dataclass
+class Subject:
+    """Models, rows and a live model. `labels`: base, branch-0 .., merged, joint, as far as they are there."""
+
+    live: Live
+    labels: list[str]
+    branches: list[str]
+    weights: list[float]
+    probes: dict[str, Probe]
+    hashes: dict[str, str]
+    run: Run | None = None
+    plan: Plan | None = None
+    epochs: dict[str, float] = field(default_factory=dict)
+    tell: Callable[[str, int, int], None] = lambda *_: None
+
+
+def live_model(folders: Mapping[str, Path], *, trainable: Callable[[Any], Sequence[str]],
+               trust_remote_code: bool = False) -> Live:
+    """The base in memory, and every model's files behind it.
+
+    Args:
+        folders: label -> model folder; `base` first.
+        trainable: names of the parameters that training may have moved, of a loaded model.
+    Raises:
+        ModelError, ShapeMismatch.
+    """
+    model = load_model(folders[BASE], "float32", trust_remote_code=trust_remote_code)
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    weights, problems = {}, []
+    for label, folder in folders.items():
+        try:
+            weights[label] = Weights(label, folder, shapes, trust_remote_code=trust_remote_code)
+        except (ModelError, ShapeMismatch) as error:
+            problems.append(f"{label}: {error}")
+    if problems:
+        raise ShapeMismatch.of("these models cannot be compared:", problems)
+    return Live(model, weights, tuple(trainable(model)))
+
+
+def check_probes(probes: Mapping[str, Probe], model: Any) -> None:
+    """Raises ModelError where a token has no embedding."""
+    for probe in probes.values():
+        for batch in probe.batches:
+            check_vocabulary(int(batch.input_ids.max()), model)
