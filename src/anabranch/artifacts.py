@@ -437,7 +437,7 @@ class PilotAdvice(Part):
     alpha: float | None = Field(description="of `pull_back`, as at the largest pilot budget")
     lowest: str = Field(description="the arm with the lowest forecast score")
     tied: list[str] = Field(description="arms that this pilot cannot tell from `lowest`, itself included, simplest first")
-    known: bool = Field(description="no other arm is tied")
+    known: bool = Field(description="no other arm than the recommended one is tied")
 
 
 class PilotCost(Part):

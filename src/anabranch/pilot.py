@@ -305,11 +305,14 @@ def _shares_of(arm: Arm, shares: Sequence[float]) -> Sequence[float]:
 
 
 def _forget_stale(run: Run, first: list[Todo], second: list[Todo], shares: Sequence[float]) -> None:
-    """Refuse work made from something else; remove what was evaluated otherwise, and joints whose weights are needed again."""
+    """Refuse work made from something else; remove what was evaluated otherwise, and arms whose weights are needed again."""
     for arm, seed in first + second:
         for share in _shares_of(arm, shares):
-            if _state(run, arm, seed, share) == "evaluated otherwise":
-                shutil.rmtree(arm_folder(rung(run, share), arm, seed))
+            folder = arm_folder(rung(run, share), arm, seed)
+            state = _state(run, arm, seed, share)
+            emptied = (folder / "merged" / "manifest.json").exists() and not list((folder / "merged").glob("*.safetensors"))
+            if state == "evaluated otherwise" or (state == "missing" and emptied):
+                shutil.rmtree(folder)
     for arm, seed in second:
         for share in shares:
             joint = arm_folder(rung(run, share), Arm("joint", "joint"), seed)
@@ -451,7 +454,7 @@ def _advice(view: maths.Outlook, runs: list[PilotRun], share: float) -> PilotAdv
     alphas = [r.alpha for r in runs if r.arm == advice.arm and r.share == share and r.alpha is not None]
     return PilotAdvice(action="pull_back" if method == "joint_matched" else "joint" if method.startswith("joint") else "split",
                        arm=advice.arm, alpha=float(np.mean(alphas)) if alphas else None, lowest=advice.best,
-                       tied=list(advice.tied), known=len(advice.tied) == 1)
+                       tied=list(advice.tied), known=set(advice.tied) <= {advice.arm, advice.best})
 
 
 def parse_todo(text: str) -> list[Todo]:

@@ -81,6 +81,16 @@ def test_lanczos_ends_where_the_spectrum_does(distinct, dtype):
     assert found.residuals.max() < 1e-4
 
 
+def test_vectors_of_millions_of_float32_entries_have_unit_length():
+    """A float32 sum of as many squares is off in the fourth digit."""
+    entries = 2_000_000
+    scale = torch.linspace(1, 2, entries)
+    found = lanczos(lambda v: scale * v, torch.ones(entries), 3, 2)
+    np.testing.assert_allclose(found.vectors.double().norm(dim=1).numpy(), 1, rtol=1e-6)
+    axes = conflict_axes(torch.stack([torch.ones(entries), scale, scale**3]), 2)
+    np.testing.assert_allclose(axes.double().norm(dim=1).numpy(), 1, rtol=1e-6)
+
+
 def test_lanczos_takes_no_more_steps_than_there_are_parameters():
     found = lanczos(lambda v: torch.tensor([3.0, 1.0], dtype=torch.float64) * v, random_direction(2, 0), 50, 10)
     np.testing.assert_allclose(found.values, [3.0, 1.0])

@@ -83,7 +83,7 @@ def lmc(branches: int = 4, groups: int = 4, barrier: float = 0.0, names: list[st
             segments.append(Segment(start=a, end=b, rows=rows, alphas=alphas.tolist(), losses=losses.tolist(),
                                     barrier=max(0.0, float(gap[at])), at=float(alphas[at]), low=float(gap[at]) - half,
                                     high=float(gap[at]) + half))
-    return LinearModeConnectivity(batches={"mixture": 32}, segments=segments, verdict="bad" if barrier else "good", **COMMON)
+    return LinearModeConnectivity(blocks={"mixture": 32}, segments=segments, verdict="bad" if barrier else "good", **COMMON)
 
 
 def displacement(branches: int = 4, layers: int = 6, whole: bool = True) -> Displacement:
@@ -148,7 +148,7 @@ def curvature(alignment: bool = True, gain: bool = True, axes: int = 3) -> Curva
     top = (40 * 0.72 ** np.arange(10)).tolist()
     cosines = np.abs(draw.normal(0, 0.1, (axes, 10)))
     cosines[0, 0] = 0.304
-    found = Alignment(lifted_from="gradients", units=["a", "b", "c", "d"], cosines=cosines.tolist(), largest=0.304,
+    found = Alignment(units=["a", "b", "c", "d"], cosines=cosines.tolist(), largest=0.304,
                       angles=[69.5, 78.1, 86.4][:axes], random_mean=0.0009, random_std=0.0002, z=1534.2)
     made = MergingGain(rows="mixture", quadratic=0.281, top=0.094, measured=0.352, low=0.31, high=0.394)
     ritz = sorted([*top, *(draw.exponential(0.4, 34)), *(-draw.exponential(0.2, 6))])

@@ -117,12 +117,14 @@ def outlook(scores: Mapping[str, float], spread: float) -> Outlook:
 
 
 @pytest.mark.parametrize(("scores", "spread", "arm", "tied"), [
-    ({"joint": 2.0, "merit:2": 1.5}, 0.01, "merit:2", ("merit:2",)),  # shown to be worse
-    ({"joint": 2.0, "merit:2": 1.999}, 0.1, "joint", ("joint", "merit:2")),  # not shown: the simpler one
+    ({"joint": 2.0, "merit:2": 1.5}, 0.01, "merit:2", ("merit:2",)),
+    ({"joint": 2.0, "merit:2": 1.5}, 1.0, "merit:2", ("joint", "merit:2")),  # lower, and not known to be
+    ({"joint": 2.0, "merit:2": 1.995}, 0.1, "joint", ("joint", "merit:2")),  # a tie: the simpler one
+    ({"joint": 2.0, "merit:2": 1.995}, 0.0001, "joint", ("merit:2",)),  # a tie in value is one however sure it is
     ({"merit:2": 1.5, "random:4": 1.501, "joint": 2.0}, 0.05, "random:4", ("random:4", "merit:2")),
     ({"merit:2": 1.5, "joint_matched:merit:2": 1.505, "joint": 2.0}, 0.05, "joint_matched:merit:2",
      ("joint_matched:merit:2", "merit:2")),
-    ({"joint_batch:4": 1.5, "joint_matched:merit:2": 1.4, "soup:2": 1.45}, 0.3, "joint_batch:4",
+    ({"joint_batch:4": 1.5, "joint_matched:merit:2": 1.4, "soup:2": 1.45}, 0.3, "joint_matched:merit:2",
      ("joint_batch:4", "joint_matched:merit:2", "soup:2")),
     ({"joint": 1.0, "merit:2": 2.0}, 0.01, "joint", ("joint",)),
 ])

@@ -51,7 +51,7 @@ class Segment(Part):
     losses: list[float]
     barrier: float = Field(description="max_a [L(a) - ((1-a) L(0) + a L(1))], >= 0")
     at: float = Field(description="the a of the barrier")
-    low: float = Field(description="95 % interval over batches of the gap at that a")
+    low: float = Field(description="95 % interval over blocks of rows of the gap at that a")
     high: float
 
 
@@ -60,7 +60,7 @@ class LinearModeConnectivity(Diagnostic):
 
     kind: Literal["lmc"] = "lmc"
     version: Literal[1] = 1
-    batches: dict[str, int] = Field(description="rows -> batches behind the intervals")
+    blocks: dict[str, int] = Field(description="rows -> random blocks of 8 rows behind the intervals")
     segments: list[Segment]
 
 
@@ -130,7 +130,7 @@ class FittedModel(Part):
     epochs: float | None = Field(description="passes over the mixture that it was trained for; null: not known")
     training: float | None = Field(description="loss on a draw of the mixture's training rows")
     held_out: float = Field(description="loss on held-out rows, means over tokens")
-    training_low: float | None = Field(description="95 % intervals over batches")
+    training_low: float | None = Field(description="95 % intervals over blocks of rows")
     training_high: float | None
     held_out_low: float
     held_out_high: float
@@ -171,7 +171,6 @@ class Perturbation(Diagnostic):
 class Alignment(Part):
     """Conflict axes against top Hessian eigenvectors, both in parameter space."""
 
-    lifted_from: Literal["gradients"] = Field(description="axes lifted with full gradients of representative units")
     units: list[str] = Field(description="the representative units")
     cosines: list[list[float]] = Field(description="absolute, [axes][eigenvectors]")
     largest: float
@@ -188,7 +187,7 @@ class MergingGain(Part):
     quadratic: float = Field(description="1/2 sum_k w_k (tau_k - tau_bar)^T H (tau_k - tau_bar), by Hessian-vector products")
     top: float = Field(description="1/2 sum_l lambda_l Var_w(u_l^T tau) over the top eigenvectors alone")
     measured: float = Field(description="sum_k w_k L(branch_k) - L(mean of the branches)")
-    low: float = Field(description="95 % interval of `measured` over batches")
+    low: float = Field(description="95 % interval of `measured` over rows")
     high: float
 
 

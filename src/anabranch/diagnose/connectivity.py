@@ -1,6 +1,6 @@
 """Loss along the straight line between two models: is there a barrier? Pure.
 
-    P  points along the line, a_0 = 0 .. a_{P-1} = 1          B  batches
+    P  points along the line, a_0 = 0 .. a_{P-1} = 1          B  blocks of rows
 
 Linear mode connectivity: arXiv:1912.05671; the barrier as in MERIT, arXiv 2606.01717 (merge-readiness).
 """
@@ -34,15 +34,15 @@ def curve(sums: Floats, tokens: Floats) -> Floats:
 
 
 def barrier(alphas: Floats, sums: Floats, tokens: Floats, *, name: str) -> Barrier:
-    """The barrier of a curve and its 95 % bootstrap interval over batches.
+    """The barrier of a curve and its 95 % bootstrap interval over blocks of rows.
 
     Args:
         alphas: [P], ascending, from 0 to 1.
-        sums: [P, B], summed nats of each batch at each point. tokens: [B].
+        sums: [P, B], summed nats of each block at each point. tokens: [B].
         name: of the segment; names the random stream.
 
     The interval is of the gap at the one point that the full data chose: so it can lie below zero, which the height
-    cannot, and it does not grow with the number of points. With one batch there is nothing to resample: low = high.
+    cannot, and it does not grow with the number of points. With one block there is nothing to resample: low = high.
     """
     gaps = _gaps(alphas, curve(sums, tokens))
     best = int(np.argmax(gaps))
@@ -61,7 +61,7 @@ def _gaps(alphas: Floats, losses: Floats) -> Floats:
 
 
 def mean_interval(sums: Floats, tokens: Floats, *, name: str) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean loss over batches, from [B] and [B]."""
+    """95 % bootstrap interval of a mean loss over blocks, from [B] and [B]."""
     picks = generator(0, "mean", name).integers(0, len(sums), (RESAMPLES, len(sums)))
     low, high = np.quantile(sums[picks].sum(axis=1) / tokens[picks].sum(axis=1), [0.025, 0.975])
     return float(low), float(high)

@@ -51,6 +51,11 @@ def _norm(vector: Tensor) -> float:
     return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
 
+def _lengths(rows: Float[Tensor, "r d"]) -> Float[Tensor, "r 1"]:
+    """Added up in float64: a float32 sum of millions of squares is off in the fourth digit."""
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)
+
+
 def _gram(a: Tensor, b: Tensor) -> Floats:
     """Inner products of the rows of two matrices [.., d], added up in float64 without a copy of either."""
     total = torch.zeros((len(a), len(b)), dtype=torch.float64, device=a.device)
@@ -186,7 +191,7 @@ def lanczos(product: Product, start: Float[Tensor, " d"], steps: int, top: int,
     ritz, mixing = eigh_tridiagonal(np.array(diagonal), np.array(beside[:-1]))
     order = np.arange(taken)[::-1][: min(top, taken)]
     vectors = torch.from_numpy(np.ascontiguousarray(mixing[:, order].T)).to(basis) @ basis[:taken]
-    vectors /= torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    vectors /= _lengths(vectors)
     rounding = torch.finfo(start.dtype).eps * np.abs(ritz).max()
     return Spectrum(ritz[order], vectors, np.maximum(np.abs(beside[-1] * mixing[-1, order]), rounding), ritz)
 
@@ -205,12 +210,12 @@ def conflict_axes(gradients: Float[Tensor, "r d"], count: int) -> Float[Tensor, 
         gradients: R >= 2 rows, none zero.
         count: axes wanted. R units have R - 1 at most; axes without variance are left out.
     """
-    unit = gradients / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+    unit = gradients / _lengths(gradients)
     cosine = _gram(unit, unit)
     _, spread, axes = np.linalg.svd(cosine - cosine.mean(axis=0))
     kept = min(count, len(unit) - 1, int((spread > 1e-6 * max(spread[0], 1e-30)).sum()))
     lifted = torch.from_numpy(axes[:kept].copy()).to(unit) @ unit
-    return lifted / torch.linalg.vector_norm(lifted, dim=1, keepdim=True)
+    return lifted / _lengths(lifted)
 
 
 def align(axes: Float[Tensor, "a d"], eigenvectors: Float[Tensor, "k d"], units: list[str], seed: int) -> Alignment:
@@ -223,7 +228,7 @@ def align(axes: Float[Tensor, "a d"], eigenvectors: Float[Tensor, "k d"], units:
     cosines = np.abs(_gram(axes, eigenvectors))
     null = random_largest(len(axes), len(eigenvectors), axes.shape[1], seed)
     largest, mean, std = float(cosines.max()), float(null.mean()), float(null.std())
-    return Alignment(lifted_from="gradients", units=units, cosines=cosines.tolist(), largest=largest,
+    return Alignment(units=units, cosines=cosines.tolist(), largest=largest,
                      angles=principal_angles(axes, eigenvectors).tolist(), random_mean=mean, random_std=std,
                      z=(largest - mean) / std if std else 0.0)
 

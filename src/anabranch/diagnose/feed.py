@@ -79,11 +79,11 @@ def measure_lmc(subject: Subject, settings: Settings) -> LinearModeConnectivity:
             segments.append(Segment(
                 start=start, end=end, rows=rows, alphas=alphas.tolist(), losses=curve(sums, tokens).tolist(),
                 barrier=high.height, at=high.at, low=high.low, high=high.high))
-    batches = {rows: sum(len(groups[g].batches) for g in picked) for rows, picked in _row_sets(groups)}
+    blocks = {rows: sum(groups[g].block_count for g in picked) for rows, picked in _row_sets(groups)}
     verdict, said = judge_segments(segments)
     return LinearModeConnectivity(settings={"points": settings.points, "seed": settings.seed, "rows": settings.rows,
                                             "batch_rows": settings.batch_rows},
-                                  verdict=verdict, said=said, batches=batches, segments=segments)
+                                  verdict=verdict, said=said, blocks=blocks, segments=segments)
 
 
 def _losses_at(subject: Subject, mix: dict[str, float], groups: list[Probe]) -> list[Floats]:
@@ -113,7 +113,8 @@ def judge_segments(segments: list[Segment]) -> tuple[Verdict, list[str]]:
     if found:
         said = [f"{len(found)} of {len(mixture)} segments cross a barrier on the mixture's held-out rows: "
                 + "; ".join(f"{s.start} to {s.end}: {s.barrier:.3f} nats at {s.at:.2f} [{s.low:.3f} to {s.high:.3f}]"
-                            for s in found[:4]) + ". These models do not lie in one basin: their average is not to be trusted."]
+                            for s in found[:4])
+                + ". These models do not lie in one basin: their average is not to be trusted."]
     else:
         said = [f"No barrier: along all {len(mixture)} segments the loss on the mixture's held-out rows stays within "
                 f"{TIE} nats of the straight line between its ends, or within chance of it (the highest: {worst.start} to "
@@ -365,7 +366,7 @@ def judge_perturbation(curves: list[PerturbationCurve]) -> tuple[Verdict, list[s
             gaps = [a - b for a, b in zip(_areas(merged), _areas(joint), strict=True)]  # the same draws: paired
             mean, error = float(np.mean(gaps)), float(np.std(gaps, ddof=1) / np.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
             sure = abs(mean) > 2 * error
-            line += f"; merged is {('flatter' if mean < 0 else 'sharper') if sure else 'as flat'} {'than' if sure else 'as'} joint"
+            line += "; merged is " + (f"{'flatter' if mean < 0 else 'sharper'} than joint" if sure else "as flat as joint")
         said.append(line + ".")
     return "none", said
 

@@ -113,8 +113,8 @@ def subject_of_run(run: Run, settings: Settings) -> Subject:
     own = passes * sum(u.samples for u in mixture.units) / max(1, sum(u.rows for u in mixture.units))
     missing = [str(g.group) for g in plan.groups if not (run.branch(g.group) / "branch.json").exists()]
     if missing or not (run.folder / "merged" / "manifest.json").exists():
-        raise ProvenanceError(f"{run.folder}: {'branch ' + ', '.join(missing) + ' is' if missing else 'the merged model is'} not "
-                              "there yet. Run `anabranch run recipe.yaml` to the end first.")
+        what = f"branch {', '.join(missing)}" if missing else "the merged model"
+        raise ProvenanceError(f"{run.folder}: {what} is not there yet. Run `anabranch run recipe.yaml` to the end first.")
     for group in plan.groups:
         manifest = BranchManifest.load(run.branch(group.group) / "branch.json")
         if manifest.made_from.get("plan") != plan.hash:
@@ -265,8 +265,8 @@ def run_diagnostics(subject: Subject, out: Path, settings: Settings, *, only: li
             continue
         left = minutes * 60 - (time.monotonic() - begun)
         if cost.why or (only is None and cost.seconds > left):
-            why = cost.why or (f"would take {_clock(cost.seconds)}, and {_clock(max(left, 0))} of --minutes {minutes:g} are left; "
-                               f"`--only {cost.name}` runs it whatever it takes")
+            why = cost.why or (f"would take {_clock(cost.seconds)}, and {_clock(max(left, 0))} of --minutes {minutes:g} are "
+                               f"left; `--only {cost.name}` runs it whatever it takes")
             tell(f"{cost.name}: left out: {why}")
             outcomes.append(Outcome(cost.name, None, why))
             continue

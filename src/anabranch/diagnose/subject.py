@@ -8,6 +8,7 @@ A pass is one forward pass over one batch; a backward pass counts as two.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the figures. `rows`: most rows of a probe; `batch_rows`: rows of a batch, the unit of the intervals."""
+    """What decides the figures. `rows`: most rows of a probe; `batch_rows`: rows of a batch, and of a block."""
 
     points: int = 21
     seed: int = 0
@@ -56,15 +57,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class Probe:
-    """Rows that a loss is taken on, in batches of a seeded random order: batches are exchangeable, so they can be resampled."""
+    """Rows that a loss is taken on.
+
+    `batches` are what goes through the model together: rows of like length, so that little is padding. `blocks` says of
+    each batch to which block of rows each of its rows belongs; blocks are drawn at random, so they are exchangeable and
+    are what intervals resample. Without it each batch is a block.
+    """
 
     name: str
     batches: tuple[Batch, ...]
     hash: str
+    blocks: tuple[np.ndarray, ...] = ()
 
     @property
     def rows(self) -> int:
         return sum(len(batch.rows) for batch in self.batches)
+
+    @property
+    def block_count(self) -> int:
+        return 1 + max(int(b.max()) for b in self.blocks) if self.blocks else len(self.batches)
 
 
 def make_probe(name: str, units: Mapping[str, Rows], settings: Settings) -> Probe:
@@ -77,10 +88,12 @@ def make_probe(name: str, units: Mapping[str, Rows], settings: Settings) -> Prob
         order = generator(settings.seed, "probe", name).permutation(len(kept))[: settings.rows]
         kept = {u: kept[u] for u in np.array(list(kept))[np.sort(order)].tolist()}
     rows = Rows.joined([units[u].take(order) for u, order in kept.items()])
-    shuffled = generator(settings.seed, "probe order", name).permutation(len(rows))
-    cut = range(0, len(rows), settings.batch_rows)
-    batches = tuple(padded(rows, shuffled[i : i + settings.batch_rows], device()) for i in cut)
-    return Probe(name, batches, digest([[rows.input_ids.tolist(), rows.response.tolist()], settings.batch_rows]))
+    block = generator(settings.seed, "probe blocks", name).permutation(len(rows)) // settings.batch_rows
+    by_length = np.argsort(rows.lengths, kind="stable")
+    chosen = [by_length[i : i + settings.batch_rows] for i in range(0, len(rows), settings.batch_rows)]
+    content = hashlib.sha256(rows.input_ids.tobytes() + rows.response.tobytes() + rows.offsets.tobytes()).hexdigest()
+    return Probe(name, tuple(padded(rows, c, device()) for c in chosen), digest([content, settings.batch_rows, settings.seed]),
+                 tuple(block[c] for c in chosen))
 
 
 class Weights:
@@ -158,12 +171,14 @@ class Live:
                     pieces[0] if whole else linear(torch.stack(pieces), shares.float(), normalize=False))
 
     @torch.no_grad()
-    def losses(self, probe: Probe) -> Float[np.ndarray, "batches 2"]:
-        """(sum of nats over response tokens, number of response tokens) of each batch, float64."""
-        found = np.zeros((len(probe.batches), 2))
+    def losses(self, probe: Probe) -> Float[np.ndarray, "blocks 2"]:
+        """(sum of nats over response tokens, number of response tokens) of each block of rows, float64."""
+        found = np.zeros((probe.block_count, 2))
         for i, batch in enumerate(probe.batches):
             losses, _ = response_losses(self.model, batch, select=self.select)
-            found[i] = float(losses.double().sum()), losses.numel()
+            row = batch.response[:, 1:].nonzero()[:, 0].cpu().numpy()  # the row of each response token, in their order
+            block = probe.blocks[i][row] if probe.blocks else np.full(len(row), i)
+            np.add.at(found, block, np.stack([losses.double().cpu().numpy(), np.ones(len(row))], axis=1))
             self.passes += 1
         return found
 
@@ -188,8 +203,10 @@ class Live:
 
 
 def joined_probe(name: str, parts: Sequence[Probe]) -> Probe:
-    """All batches of several probes."""
-    return Probe(name, tuple(b for p in parts for b in p.batches), digest([p.hash for p in parts]))
+    """All batches and blocks of several probes, in their order."""
+    before = np.concatenate([[0], np.cumsum([p.block_count for p in parts])])
+    blocks = tuple(block + int(start) for p, start in zip(parts, before, strict=False) for block in p.blocks)
+    return Probe(name, tuple(b for p in parts for b in p.batches), digest([p.hash for p in parts]), blocks)
 
 
 @dataclass

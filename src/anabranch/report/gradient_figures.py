@@ -63,8 +63,7 @@ def draw_curvature(sheet: Sheet, d: Curvature) -> None:
         values = np.array(a.cosines, dtype=np.float64)
         heat(cells, sheet.theme, values, [f"axis {i + 1}" for i in range(len(values))],
              [str(j + 1) for j in range(values.shape[1] if values.ndim == 2 else 0)], limit=max(0.05, float(values.max())))
-        source = "full gradients" if a.lifted_from == "gradients" else "the sketch"
-        cells.set_xlabel(f"eigenvector, largest eigenvalue first (axes lifted from {source})")
+        cells.set_xlabel("eigenvector, largest eigenvalue first")
     if d.gain is not None:
         left, wide = (590.0, WIDTH - 604) if d.alignment is not None else (180.0, WIDTH - 194)
         _gain(sheet.axes(left, top, wide, 120, f"Gain of merging ({rows_name(d.gain.rows)})", "x"), sheet.theme, d.gain)
