@@ -91,7 +91,7 @@ def _slope(curves: Floats, at: Floats) -> Floats:
 FORMS: dict[str, Form] = {"persistence": persistence, "log_linear": log_linear, "power_law": power_law, "damped": damped}
 DEFAULT_FORM = "persistence"
 # The trend may as well go on as turn round. Intervals then hold 97 to 98 % of the measured differences on quadratics, and
-# 56 to 94 % on trained models: a pilot does not know what it has not seen.
+# 56 to 100 % on trained models: a pilot does not know what it has not seen.
 TREND = 1.0
 
 

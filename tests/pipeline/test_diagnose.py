@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import anabranch, task_rows, write_recipe, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +26,7 @@ from anabranch.diagnose.subject import Settings, Subject, make_probe
 from anabranch.errors import AnabranchError, RecipeError
 from anabranch.rows import Rows
 from anabranch.run import reopen_run
+from conftest import anabranch, task_rows, write_recipe, write_rows
 
 SMALL = Settings(points=5, rows=24, grid=4, draws=2, steps=6, top=3, sigmas_isotropic=(0.01, 0.05), sigmas_filter=(0.1, 0.3),
                  sizes=(4, 8, 12))

@@ -353,7 +353,7 @@ def test_findings_follow_the_figures():
 def test_a_segment_is_named_by_its_ends_whichever_comes_first():
     one = lmc().segments[0]
     for start, end, kind in (("branch-1", "branch-0", "branch–branch"), ("merged", "branch-11", "branch–merged"),
-                             ("merged", "base", "base–merged"), ("joint", "merged", "other")):
+                             ("merged", "base", "base–merged"), ("joint", "merged", "joint–merged")):
         assert segment_kind(one.model_copy(update={"start": start, "end": end})) == kind
 
 

@@ -134,6 +134,10 @@ class FittedModel(Part):
     training_high: float | None
     held_out_low: float
     held_out_high: float
+    versus_base: float | None = Field(None, description="held-out loss minus the base's; null for the base")
+    versus_base_low: float | None = Field(None, description="95 % interval, paired over blocks of rows: far narrower than that "
+                                                            "of either loss")
+    versus_base_high: float | None = None
 
 
 class Generalization(Diagnostic):

@@ -60,6 +60,12 @@ def _gaps(alphas: Floats, losses: Floats) -> Floats:
     return gaps
 
 
+def paired_gap(sums: Floats, others: Floats, tokens: Floats, *, name: str) -> tuple[float, float, float]:
+    """Mean loss of one model minus another's on the same blocks, all [B]: (gap, low, high), 95 % bootstrap over blocks."""
+    low, high = mean_interval(sums - others, tokens, name=name)
+    return float((sums - others).sum() / tokens.sum()), low, high
+
+
 def mean_interval(sums: Floats, tokens: Floats, *, name: str) -> tuple[float, float]:
     """95 % bootstrap interval of a mean loss over blocks, from [B] and [B]."""
     picks = generator(0, "mean", name).integers(0, len(sums), (RESAMPLES, len(sums)))

@@ -21,7 +21,7 @@ from anabranch.diagnose.artifacts import (
     Segment,
     Verdict,
 )
-from anabranch.diagnose.connectivity import barrier, curve, mean_interval
+from anabranch.diagnose.connectivity import barrier, curve, mean_interval, paired_gap
 from anabranch.diagnose.displacement import Moments
 from anabranch.diagnose.perturbation import Noise, area, noise_for
 from anabranch.diagnose.subject import BASE, JOINT, MERGED, MIXTURE, TRAINING, NotApplicable, Probe, Settings, Subject
@@ -268,10 +268,13 @@ def generalization_passes(subject: Subject, settings: Settings) -> float:
 def measure_generalization(subject: Subject, settings: Settings) -> Generalization:
     """Loss on a draw of the training rows (where there are any) and on held-out rows, for every model."""
     models = []
+    base = np.zeros((0, 2))
     for i, label in enumerate(subject.labels):
         subject.tell(label, i, len(subject.labels))
         subject.live.put({label: 1.0})
         held = subject.live.losses(subject.probes[MIXTURE])
+        base = held if label == BASE else base  # it is the first
+        gap = (None, None, None) if label == BASE else paired_gap(held[:, 0], base[:, 0], held[:, 1], name=MIXTURE)
         low, high = mean_interval(held[:, 0], held[:, 1], name=MIXTURE)
         training: tuple[float, float, float] | tuple[None, None, None] = (None, None, None)
         if TRAINING in subject.probes:
@@ -280,29 +283,32 @@ def measure_generalization(subject: Subject, settings: Settings) -> Generalizati
         models.append(FittedModel(
             model=label, epochs=subject.epochs.get(label), training=training[0], training_low=training[1],
             training_high=training[2], held_out=float(held[:, 0].sum() / held[:, 1].sum()), held_out_low=low,
-            held_out_high=high))
+            held_out_high=high, versus_base=gap[0], versus_base_low=gap[1], versus_base_high=gap[2]))
     verdict, said = judge_generalization(models)
     return Generalization(settings={"seed": settings.seed, "rows": settings.rows, "batch_rows": settings.batch_rows},
                           verdict=verdict, said=said, models=models)
 
 
 def judge_generalization(models: list[FittedModel]) -> tuple[Verdict, list[str]]:
-    """Bad: the merged model is worse than the base on held-out rows of its own mixture, by more than TIE."""
+    """Bad: the merged model is worse than the base on held-out rows of its own mixture, by more than TIE and beyond chance."""
     by = {m.model: m for m in models}
     said = ["Held-out loss: " + ", ".join(f"{m.model} {m.held_out:.3f}" for m in models) + " nats."]
     if all(m.training is not None for m in models):
         said.append("Training loss: " + ", ".join(f"{m.model} {m.training:.3f}" for m in models) + " nats.")
     base, merged, joint = by.get(BASE), by.get(MERGED), by.get(JOINT)
-    if merged is None or base is None:
+    if merged is None or base is None or merged.versus_base is None:
         return "none", said
     if joint is not None and joint.training is not None and merged.training is not None:
         fit, held = joint.training - merged.training, joint.held_out - merged.held_out
         said.append(f"Joint training is {abs(fit):.3f} nats {'below' if fit < 0 else 'above'} the merge on training rows and "
                     f"{abs(held):.3f} {'below' if held < 0 else 'above'} it on held-out rows.")
-    if merged.held_out > base.held_out + TIE:
-        said.append("The merged model is worse than the base on held-out rows of its own mixture: do not use it.")
-        return "bad", said
-    return "good", said
+    gap, low, high = merged.versus_base or 0.0, merged.versus_base_low or 0.0, merged.versus_base_high or 0.0
+    told = f"merged minus base on held-out rows: {gap:+.3f} nats [{low:+.3f} to {high:+.3f}, paired]"
+    if gap > TIE and low > 0:
+        return "bad", [*said, f"The merged model is worse than the base on its own mixture: do not use it ({told})."]
+    if high < 0:
+        return "good", [*said, f"The merged model is better than the base on its own mixture ({told})."]
+    return "none", [*said, f"On these rows the merged model cannot be told from the base ({told}): try more --rows."]
 
 
 # ---- noise on the weights --------------------------------------------------------------------------------------------

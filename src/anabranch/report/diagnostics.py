@@ -36,7 +36,7 @@ NAMES = {
 MEANINGS = {
     "lmc": "The loss on the straight line from one model to another. A barrier, where the loss rises above the line between "
            "both ends, means that they lie in different valleys and that averaging them crosses a ridge. Barrier: the largest "
-           "such rise; interval: over batches.",
+           "such rise; interval: over blocks of rows.",
     "displacement": "How far each model lies from the base (L2 distance over all parameters), where in the network, and how "
                     "alike the directions are. Averaging branches that pull apart cancels, so the merged model moves less "
                     "than they do: that alone keeps more of the base, whatever the split.",
@@ -109,11 +109,11 @@ def span(low: float | None, high: float | None) -> str:
 
 
 def segment_kind(segment: Segment) -> str:
-    """branch–branch, branch–merged, base–merged, base–branch, or other: by the two ends, whichever comes first."""
+    """branch–branch, branch–merged, base–merged, base–branch or joint–merged: by the two ends, whichever comes first."""
     ends = sorted("branch" if e.startswith("branch-") else e for e in (segment.start, segment.end))
     known = {("branch", "branch"): "branch–branch", ("branch", "merged"): "branch–merged", ("base", "merged"): "base–merged",
              ("base", "branch"): "base–branch"}
-    return known.get((ends[0], ends[1]), "other")
+    return known.get((ends[0], ends[1]), "joint–merged")
 
 
 def main_rows(diagnostic: LinearModeConnectivity) -> str:

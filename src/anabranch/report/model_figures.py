@@ -43,7 +43,7 @@ from anabranch.report.labels import place_labels
 
 LOSS = "loss, nats per response token"
 NAMED_LINES = 6  # more segments in one panel are drawn faint, the highest barrier alone in colour
-KIND_ORDER = ("branch–branch", "branch–merged", "base–merged", "base–branch", "other")
+KIND_ORDER = ("branch–branch", "branch–merged", "base–merged", "base–branch", "joint–merged")
 BARRIER_ROWS = 45
 BARRIER_COLUMNS = 9
 BARRIER_ROW = 15.0
@@ -157,7 +157,7 @@ def _draw_barriers(sheet: Sheet, d: LinearModeConnectivity, top: float) -> None:
     shown = [s for s in d.segments if (s.start, s.end) in place and s.rows in columns]
     low, high = min(0.0, *(s.low for s in shown)), max(LEAST_RANGE, *(max(s.high, s.barrier) for s in shown))
     pad = 0.07 * (high - low)
-    sheet.words(labels, top - 44, "Barriers: largest rise above the line between both ends, with 95 % intervals over batches",
+    sheet.words(labels, top - 44, "Barriers: largest rise above the line between both ends, with 95 % intervals over blocks of rows",
                 WIDTH - labels, 10.5, sheet.theme.ink)
     left = labels
     for i, rows in enumerate(columns):
