@@ -23,8 +23,8 @@ def diagnose(
     only: Annotated[str | None, typer.Option(help="just these, whatever they take: lmc,displacement,..")] = None,
     points: Annotated[int, typer.Option(min=3, help="places along each segment")] = 21,
     rows: Annotated[int, typer.Option(min=8, help="held-out rows that losses are taken on, most")] = 256,
-    minutes: Annotated[float, typer.Option(min=0.0, help="time budget; what is predicted not to fit is left out by name")] = 10.0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="where to; default RUN/diagnostics, ./diagnostics")] = None,
+    minutes: Annotated[float, typer.Option(min=0.0, help="time budget; what does not fit is left out by name")] = 10.0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="default RUN/diagnostics, ./diagnostics")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what each would cost; measure nothing")] = False,
 ) -> None:
     """Is the merge sound, and why? Connectivity, displacement, surface, noise, curvature, calibration, map.

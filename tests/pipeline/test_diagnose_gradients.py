@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from anabranch.artifacts import Conflict, Plan
+from anabranch.artifacts import Conflict, Gradients, Plan
 from anabranch.diagnose.feed_gradients import calibration_passes, map_passes, measure_calibration, measure_map
 from anabranch.diagnose.gradient_map import project_products, project_rows
 from anabranch.diagnose.subject import NotApplicable, Settings, Subject, live_model
 from anabranch.errors import ProvenanceError
-from anabranch.gradients import Sketch, calibration_halves, half_gradient
+from anabranch.gradients import Sketch, calibration_halves, half_gradient, load_halves
 from anabranch.model import batches, load_model, response_losses, select_trainable
 from anabranch.recipe import load_recipe
 from anabranch.rows import generator, load_unit
@@ -108,7 +108,45 @@ def test_cosines_of_the_merged_model_are_those_of_the_gradients_sum(subject):
         place = project_rows(tensors["cosine"], tensors["scores"][:, :2], cosines[None])[0]
         np.testing.assert_allclose(next(p.pca for p in found.points if p.role == "merged"), place, atol=2e-3)
         assert f"a mean cosine of {cosines.mean():+.3f}" in " ".join(found.said)
-    assert (cosines < 0).sum() in (0, 1, 2, 3) and found.verdict == "none"
+        assert f"a negative one with {(cosines < 0).sum()} of 5." in " ".join(found.said)
+    assert found.verdict == "none" and found.explained == Conflict.load(
+        subject.run.folder / "conflict" / "conflict.json").explained[:2]
+
+
+def sketches(run: Run) -> np.ndarray:
+    """Each unit's mean gradient as the run's sketch has it, of length 1, [T, m]."""
+    record = Gradients.load(run.folder / "gradients" / "gradients.json")
+    halves = [load_halves(run.folder / "gradients", r) for r in record.units]
+    found = np.array([(r.tokens_a * a.astype(float) + r.tokens_b * b) / (r.tokens_a + r.tokens_b)
+                      for r, (a, b) in zip(record.units, halves, strict=True)])
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def test_branches_of_small_cosine_are_their_own_group_s_and_lie_by_the_mark(subject, monkeypatch):
+    """Cosine 0.05 with the units of the own group, 0 with all others: what a trained branch looks like on real runs."""
+    units = sketches(subject.run)
+    group = np.array([u.group for u in subject.plan.units])
+    draw = generator(0, "noise").normal(size=(2, units.shape[1]))
+    noise = draw - draw @ np.linalg.pinv(units) @ units  # at right angles to every unit
+    wanted = 0.05 * (group == np.arange(2)[:, None])
+    vectors = wanted @ np.linalg.pinv(units).T
+    length = np.sqrt(1 - (vectors**2).sum(1, keepdims=True))
+    vectors = vectors + length * noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    monkeypatch.setattr("anabranch.diagnose.feed_gradients._task_vectors", lambda *_: vectors.astype(np.float32))
+    alone = replace(subject, labels=["base", "branch-0", "branch-1"])
+    found = measure_map(alone, SETTINGS)
+    said = " ".join(found.said)
+    assert "2 of 2 branches have a larger mean cosine with their own group's units than with any other group's." in said
+    places = {p.name: np.array(p.pca) for p in found.points}
+    scores = np.array([p.pca for p in found.points if p.role == "unit"])
+    spread = np.sqrt((scores**2).sum(1).mean())
+    mark = np.array(found.no_direction)
+    assert all(np.linalg.norm(places[f"branch-{k}"] - mark) < 0.1 * spread for k in range(2))
+    assert f"lies {np.linalg.norm(mark) / spread:.2f} times the units' spread from their centre" in said
+    if found.settings["matrix"] == "cosine":
+        assert "lie between +0.000 and +0.050" in said.replace("-0.000", "+0.000")
+    vectors[[0, 1]] = vectors[[1, 0]]
+    assert "0 of 2 branches have a larger mean cosine" in " ".join(measure_map(alone, SETTINGS).said)
 
 
 def test_units_alone_where_there_is_no_model(subject):

@@ -15,6 +15,7 @@ from scipy.cluster.hierarchy import linkage
 from test_report import Page, fake_run
 
 from anabranch.artifacts import (
+    Gradients,
     Interval,
     Operators,
     Pilot,
@@ -24,6 +25,7 @@ from anabranch.artifacts import (
     PilotForecast,
     PilotPoint,
     PilotScore,
+    digest,
 )
 from anabranch.diagnose.artifacts import (
     KINDS,
@@ -48,6 +50,7 @@ from anabranch.diagnose.artifacts import (
     Segment,
     UnitCalibration,
 )
+from anabranch.diagnose.feed import judge_perturbation, judge_segments
 from anabranch.errors import CorruptedError
 from anabranch.report import markdown_report, write_report
 from anabranch.report.canvas import WIDTH, Sheet
@@ -55,6 +58,7 @@ from anabranch.report.contents import read_contents
 from anabranch.report.diagnostic_figures import DRAWINGS, draw_picture, picture_svg
 from anabranch.report.diagnostics import NAMES, finding, flatter, last_pair, lowest, segment_kind
 from anabranch.report.figures import DARK, LIGHT, Theme, settings
+from anabranch.scores import TIE
 
 EVIL = '<script>alert("1")</script> & \'x\' | `y` $z^$ \u202e\x1b[31m ![i](http://evil.example/p.png)'
 COST = Cost(predicted_passes=1234, predicted_seconds=61.5, measured_passes=1240, measured_seconds=58.2)
@@ -188,7 +192,7 @@ def gradient_map(units: int = 24, groups: int = 4, names: list[str] | None = Non
     wide = np.hstack([xy, draw.normal(0, 0.3, (units, 6))])
     tree = [(int(a), int(b), float(h), int(n)) for a, b, h, n in linkage(wide, "average", "cosine")] if units > 1 else []
     return GradientMap(points=points, explained=[0.26, 0.18], linkage=tree, cophenetic=0.81,
-                       silhouette=0.21 if groups > 1 else None, verdict="none", **COMMON)
+                       silhouette=0.21 if groups > 1 else None, no_direction=(0.6, 0.5), verdict="none", **COMMON)
 
 
 def pilot() -> Pilot:
@@ -244,7 +248,8 @@ CASES: dict[str, Diagnostic] = {
     "curvature: no gain, one axis": curvature(gain=False, axes=1), "curvature: neither": curvature(alignment=False, gain=False),
     "calibration": calibration(), "calibration: one unit": calibration(1), "calibration: 300 units": calibration(300),
     "calibration: long names": calibration(3, long_names(3)),
-    "map": gradient_map(), "map: one group": gradient_map(9, 1), "map: 300 units in 8 groups": gradient_map(300, 8),
+    "map": gradient_map(), "map: without the mark": gradient_map().model_copy(update={"no_direction": None}),
+    "map: one group": gradient_map(9, 1), "map: 300 units in 8 groups": gradient_map(300, 8),
     "map: 3 units": gradient_map(3, 3), "map: one unit": gradient_map(1, 1),
     "map: long names": gradient_map(60, 8, long_names(60)),
     "map: names that are markup": gradient_map(5, 2, [EVIL, "b", "c", "d", "e"]),
@@ -337,7 +342,7 @@ def test_markup_in_a_name_stays_text_in_the_picture():
 
 
 def test_findings_follow_the_figures():
-    assert finding(CASES["lmc"]).startswith("No barrier on any of 55 segments")
+    assert finding(CASES["lmc"]).startswith("No barrier on any of 11 segments")
     assert "A barrier:" in finding(lmc(8, 8, 0.4))
     assert "2.58 times as far" in finding(displacement())
     assert "The merged model lies 10.30" in finding(displacement(whole=False))
@@ -357,15 +362,59 @@ def test_a_segment_is_named_by_its_ends_whichever_comes_first():
         assert segment_kind(one.model_copy(update={"start": start, "end": end})) == kind
 
 
-def test_flatter_needs_more_than_the_error():
-    def curve(model: str, area: float, error: float) -> PerturbationCurve:
-        return PerturbationCurve(model=model, noise="filter", sigmas=[0.1], loss=2, increases=[[1.0]], area=area,
-                                 area_error=error)
+def segment(rows: str, barrier: float, low: float) -> Segment:
+    return Segment(start="branch-0", end="branch-1", rows=rows, alphas=[0, 0.5, 1], losses=[2, 2 + barrier, 2], barrier=barrier,
+                   at=0.5, low=low, high=barrier + 0.1)
 
-    assert flatter([curve("merged", 1.0, 0.1), curve("joint", 1.5, 0.1)]) == "merged"
-    assert flatter([curve("merged", 1.5, 0.1), curve("joint", 1.0, 0.1)]) == "joint"
-    assert flatter([curve("merged", 1.0, 0.2), curve("joint", 1.5, 0.2)]) == ""
-    assert flatter([curve("merged", 1.0, 0.1), curve("base", 1.5, 0.1)]) == ""
+
+@pytest.mark.parametrize(("segments", "blocks", "title"), [
+    ([segment("mixture", 0.04, -0.02), segment("group-0", 0.4, 0.3)], 32, "No barrier: of 1 segments the highest rise is 0.040"),
+    ([segment("mixture", TIE / 2, TIE / 4), segment("mixture", 0.4, -0.1)], 32, "No barrier: of 2 segments"),
+    ([segment("mixture", 0.9, -0.1), segment("mixture", 0.2, 0.1), segment("group-0", 2.0, 1.9)], 32,
+     "A barrier: 1 of 2 segments rise above the line between their ends; most, by 0.200"),
+    ([segment("mixture", 0.2, 0.1)], 2, "Barriers not judged: of 1 segments the highest rise is 0.200")],
+    ids=["only a group's rows", "below a tie, or within chance", "a barrier", "too few blocks"])
+def test_the_title_of_connectivity_is_the_verdict_s(segments, blocks, title):
+    verdict, _ = judge_segments(segments, blocks)
+    assert finding(LinearModeConnectivity(blocks={}, segments=segments, verdict=verdict, **COMMON)).startswith(title)
+
+
+def noisy(model: str, level: float, draws: int = 5, own: float = 0.0) -> PerturbationCurve:
+    """Draws that differ much from each other, but alike in every model; `own`: by how much in this one alone."""
+    rises = [[level + 3.0 * i + own * (-1) ** i] for i in range(draws)]
+    return PerturbationCurve(model=model, noise="filter", sigmas=[1.0], loss=2, increases=rises,
+                             area=sum(r[0] for r in rises) / draws / 2, area_error=2.0)
+
+
+def test_flatter_is_judged_on_the_same_draws():
+    """The errors of the areas, 2.0 each, would hide all of this."""
+    assert flatter(noisy("merged", 1.0), noisy("joint", 1.5)) == "merged"
+    assert flatter(noisy("merged", 1.5), noisy("joint", 1.0)) == "joint"
+    assert flatter(noisy("merged", 1.5, own=2.0), noisy("joint", 1.0)) == ""
+    assert flatter(noisy("merged", 1.5, 1), noisy("joint", 1.0, 1)) is None
+
+
+@pytest.mark.parametrize(("curves", "title"), [
+    ([noisy("merged", 1.5), noisy("joint", 1.0), noisy("base", 0.1)], "joint is flatter than the merged model"),
+    ([noisy("merged", 1.0), noisy("joint", 1.5)], "the merged model is flatter than joint"),
+    ([noisy("merged", 1.0, own=2.0), noisy("joint", 1.5)], "no clear difference between merged and joint"),
+    ([noisy("merged", 1.0, 1), noisy("joint", 1.5, 1)], "one draw does not tell merged from joint"),
+    ([noisy("merged", 1.0), noisy("base", 1.5), noisy("branch-0", 2.0)], "merged is flattest"),
+    ([noisy("merged", 1.0), noisy("base", 1.1, own=2.0)], "no model is clearly flatter than all others"),
+    ([noisy("merged", 1.0, 1), noisy("base", 1.5, 1)], "one draw does not tell the models apart")])
+def test_the_title_of_perturbation_is_what_its_sentences_say(curves, title):
+    assert finding(Perturbation(curves=curves, verdict="none", **COMMON)) == f"Under filter-normalised noise {title}"
+    said = " ".join(judge_perturbation(curves)[1])
+    assert ("merged is sharper than joint" in said) == (title == "joint is flatter than the merged model")
+    assert ("merged is flatter than joint" in said) == (title == "the merged model is flatter than joint")
+
+
+def test_the_mark_of_no_direction_is_drawn_where_it_lies():
+    for case, there in (("map", True), ("map: without the mark", False)):
+        figure, _ = drawn(CASES[case])
+        marks = [line for line in figure.axes[0].lines if line.get_marker() == "+"]
+        assert [(*line.get_xdata(), *line.get_ydata()) for line in marks] == ([(0.6, 0.5)] if there else [])
+        assert ("no direction in common" in [t.get_text() for made in figure.legends for t in made.get_texts()]) is there
 
 
 def test_models_are_compared_at_the_most_epochs_that_both_have():
@@ -433,6 +482,31 @@ def test_what_another_merge_left_is_not_shown_but_said(tmp_path):
     operators().model_copy(update={"made_from": {"plan": contents.plan.hash}}).save(run / "merge_methods.json")
     pilot().model_copy(update={"made_from": {"mixture": contents.mixture.hash}}).save(run / "pilot.json")
     assert read_contents(run).outdated == ["lmc"]
+
+
+@pytest.mark.parametrize("name", ["base", "plan", "branch-1", "merged", "conflict"])
+def test_what_another_input_left_is_not_shown(tmp_path, name):
+    run = run_with(tmp_path, [displacement()])
+    before = read_contents(run)
+    assert before.plan is not None and before.merge is not None and before.conflict is not None
+    here = {"base": before.mixture.made_from.get("base", "b"), "plan": before.plan.hash, "merged": before.merge.model_hash,
+            "branch-1": digest(before.branches[1].files), "conflict": before.conflict.hash, "joint": "any", "rows": "any"}
+    mixture = before.mixture.model_copy(update={"made_from": {"base": here["base"]}})
+    mixture.save(run / "mixture" / "mixture.json")
+    surface().model_copy(update={"made_from": here}).save(run / "diagnostics" / "surface.json")
+    lmc(2, 2).model_copy(update={"made_from": here | {name: "another"}}).save(run / "diagnostics" / "lmc.json")
+    assert read_contents(run).outdated == ["lmc"]
+    assert "than this folder now holds: lmc" in " ".join(markdown_report(run).split())
+
+
+def test_diagnostics_of_other_gradients_are_not_shown_and_what_is_not_there_is_not_compared(tmp_path):
+    run = run_with(tmp_path, [surface().model_copy(update={"made_from": {"gradients": "another", "branch-99": "another"}})])
+    assert read_contents(run).outdated == []  # no gradients there to compare with
+    gradients = Gradients(sketch="fold", size=4, parameters=9, seed=0, calibration_samples=2, units=[])
+    gradients.save(run / "gradients" / "gradients.json")
+    assert read_contents(run).outdated == ["surface"]
+    surface().model_copy(update={"made_from": {"gradients": gradients.hash}}).save(run / "diagnostics" / "surface.json")
+    assert read_contents(run).outdated == []
 
 
 def test_a_damaged_diagnostic_is_said(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from anabranch.diagnose.connectivity import barrier, curve, mean_interval
 from anabranch.diagnose.displacement import Moments, kind_of, layer_of
-from anabranch.diagnose.perturbation import area, noise_for
+from anabranch.diagnose.perturbation import area, noise_for, paired_difference
 from anabranch.diagnose.surface import Plane
 
 ALPHAS = np.linspace(0, 1, 21)
@@ -93,18 +93,52 @@ def test_norms_cosines_and_parts_are_those_of_the_whole_vectors():
 def test_the_contraction_identity_holds_and_a_stranger_is_not_the_mean():
     base, branches, weights = moved(0), [moved(1), moved(2), moved(3)], [0.2, 0.3, 0.5]
     mean = {n: sum(w * b[n] for w, b in zip(weights, branches, strict=True)) for n in base}
-    check = moments([*branches, mean], base, 3, [0, 1, 2], weights).contraction(3, tolerance=1e-5)
+    check = moments([*branches, mean], base, 3, [0, 1, 2], weights).contraction(3)
     assert check.error < 1e-12 and check.is_average
     assert check.merged_from_file == pytest.approx(check.merged, rel=1e-5)
     longer = {n: base[n] + 1.1 * (mean[n] - base[n]) for n in base}
-    other = moments([*branches, longer], base, 3, [0, 1, 2], weights).contraction(3, tolerance=1e-5)
+    other = moments([*branches, longer], base, 3, [0, 1, 2], weights).contraction(3)
     assert other.error < 1e-12 and other.is_average is False
+
+
+@pytest.mark.parametrize(("factor", "is_mean"), [(1.0, True), (0.75, False)])
+def test_a_mean_in_bfloat16_is_known_from_another_merge_in_bfloat16(factor, is_mean):
+    base, branches = moved(0), [{n: t + 0.03 * moved(i)[n] for n, t in moved(0).items()} for i in (1, 2)]
+    merged = {n: (base[n] + factor * (branches[0][n] / 2 + branches[1][n] / 2 - base[n])).bfloat16() for n in base}
+    found = Moments(3, [0, 1], [0.5, 0.5], rounding=torch.finfo(torch.bfloat16).eps)
+    for name in base:
+        found.add(name, base[name], [branches[0][name], branches[1][name], merged[name]], 2)
+    assert found.contraction(2).is_average is is_mean
+
+
+def test_intervals_of_many_segments_are_wider():
+    rng = np.random.default_rng(2)
+    sums = np.stack([np.ones(20), 1.05 + rng.normal(0, 0.1, 20), np.ones(20)])
+    alone = barrier(np.array([0, 0.5, 1.0]), sums, np.ones(20), name="s")
+    among = barrier(np.array([0, 0.5, 1.0]), sums, np.ones(20), name="s", tests=20)
+    assert among.low < alone.low <= alone.high < among.high and among.height == alone.height
 
 
 @pytest.mark.parametrize(("name", "layer", "kind"), [
     ("model.layers.11.self_attn.k_proj.bias", "11", "attention"), ("transformer.h.3.mlp.c_fc.weight", "3", "mlp"),
     ("lm_head.weight", "lm_head", "head"), ("model.layers.2.post_attention_layernorm.weight", "2", "norm"),
-    ("transformer.wte.weight", "transformer.wte", "embedding"), ("model.layers.0.mlp.experts.5.w1.weight", "0", "mlp")])
+    ("transformer.wte.weight", "transformer.wte", "embedding"), ("model.layers.0.mlp.experts.5.w1.weight", "0", "mlp"),
+    ("rwkv.blocks.0.attention.output.weight", "0", "attention"), ("rwkv.blocks.0.feed_forward.key.weight", "0", "mlp"),
+    ("rwkv.blocks.3.ln1.weight", "3", "norm"), ("rwkv.blocks.3.ln2.bias", "3", "norm"),
+    ("rwkv.blocks.0.pre_ln.weight", "0", "norm"), ("rwkv.ln_out.weight", "rwkv.ln_out", "norm"),
+    ("rwkv.embeddings.weight", "rwkv.embeddings", "embedding"), ("head.weight", "head", "head"),
+    ("model.layers.7.attention.wo.weight", "7", "attention"), ("model.layers.7.attention_norm.weight", "7", "norm"),
+    ("model.layers.7.ffn_norm.weight", "7", "norm"), ("model.tok_embeddings.weight", "model.tok_embeddings", "embedding"),
+    ("output.weight", "output", "head"), ("embed_out.weight", "embed_out", "head"),
+    ("language_model.lm_head.weight", "language_model.lm_head", "head"),
+    ("transformer.output_layer.weight", "transformer.output_layer", "head"),
+    ("model.layers.1.mlp.gate.weight", "1", "mlp"), ("model.layers.1.block_sparse_moe.gate.weight", "1", "mlp"),
+    ("model.layers.1.mlp.shared_expert_gate.weight", "1", "mlp"), ("transformer.blocks.2.ffn.up_proj.weight", "2", "mlp"),
+    ("transformer.blocks.2.norm_attn_norm.attn.Wqkv.weight", "2", "attention"),
+    ("transformer.blocks.2.norm_attn_norm.norm_1.weight", "2", "norm"),
+    ("transformer.h.3.ln_1.weight", "3", "norm"), ("model.layers.0.self_attn.q_norm.weight", "0", "norm"),
+    ("encoder.layer.4.attention.output.dense.weight", "4", "attention"), ("model.norm.weight", "model.norm", "norm"),
+    ("backbone.layers.0.mixer.in_proj.weight", "0", "other")])
 def test_names_are_read_as_people_read_them(name, layer, kind):
     assert layer_of(name) == layer and kind_of(name) == kind
 
@@ -160,6 +194,44 @@ def test_filter_noise_has_the_length_of_each_row_and_leaves_vectors_alone():
     assert not noise_for("filter", "norm", torch.ones(10), 0, 0).any()
     again = noise_for("filter", "w", 2 * weight, 0, 0)
     assert torch.allclose(again, 2 * noise)  # a model twice as large gets twice the noise
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 10), (4, 2, 3, 5)], ids=["fused experts", "convolution"])
+def test_a_row_of_fused_experts_is_one_neuron_s_and_not_a_whole_expert(shape):
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    weight *= torch.arange(1, shape[-2] + 1)[:, None]
+    weight[0, 0] = 0.0
+    noise = noise_for("filter", "experts", weight, 0, 0)
+    assert noise.shape == weight.shape
+    assert torch.allclose(noise.norm(dim=-1), weight.norm(dim=-1), rtol=1e-5) and not noise[0, 0].any()
+
+
+def test_a_paired_difference_by_hand():
+    """Areas of the two draws 2 and 6 against 1 and 2: differences 1 and 4, mean 2.5, error 1.5, t with one degree 12.706."""
+    found = paired_difference([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]], [[0.5, 0.5, 0.5], [1.0, 1.0, 1.0]], [0.0, 1.0, 2.0])
+    assert found == (pytest.approx(2.5), pytest.approx(2.5 - 12.7062 * 1.5, rel=1e-5), pytest.approx(2.5 + 12.7062 * 1.5, rel=1e-5))
+
+
+def test_pairing_finds_what_lies_under_the_draws_common_noise_and_keeps_its_promise_for_few_draws():
+    sigmas, rng = np.array([0.5, 1.0]), np.random.default_rng(0)
+    common = rng.normal(5, 3, (5, 1)) * sigmas
+    sharp = common + (0.2 + rng.normal(0, 0.01, (5, 1))) * sigmas
+    mean, low, high = paired_difference(sharp.tolist(), common.tolist(), sigmas.tolist())
+    assert 0 < low < mean < high and mean == pytest.approx(0.1, abs=0.02)
+    assert paired_difference(common.tolist(), sharp.tolist(), sigmas.tolist()) == pytest.approx((-mean, -high, -low))
+    false = 0
+    for _ in range(1000):
+        a, b = rng.normal(1, 0.2, (2, 3, 1)) * sigmas
+        _, low, high = paired_difference(a.tolist(), b.tolist(), sigmas.tolist())
+        false += low > 0 or high < 0
+    assert 0.03 < false / 1000 < 0.07  # two errors would be 0.18 with three draws
+
+
+def test_one_draw_tells_no_difference_and_unequal_draws_are_refused():
+    assert paired_difference([[1.0]], [[2.0]], [1.0]) is None
+    assert paired_difference([], [], [1.0]) is None
+    with pytest.raises(ValueError, match="the same draws"):
+        paired_difference([[1.0], [2.0]], [[1.0]], [1.0])
 
 
 def test_noise_depends_on_seed_draw_and_name_only():

@@ -10,6 +10,8 @@ from anabranch.conflict import centred_gram, principal_axes, raw_gradient_axes
 from anabranch.diagnose.gradient_map import (
     chord,
     dendrogram,
+    nearest_groups,
+    no_direction,
     perplexity_for,
     project_products,
     project_rows,
@@ -59,6 +61,30 @@ def test_the_centroid_s_row_is_the_origin_and_an_empty_axis_is_zero():
     np.testing.assert_allclose(project_rows(matrix, scores, matrix.mean(0, keepdims=True)), 0, atol=1e-9)
     assert centred_gram(g @ g.T).shape == (24, 24)
     assert not project_rows(np.ones((4, 4)), np.zeros((4, 2)), np.ones((1, 4))).any()
+
+
+def test_small_cosines_lie_by_the_mark_and_their_group_is_told_by_the_cosines():
+    """Units of cosine 0.3 or more with each other, models of 0.05 with their own group's units and of 0 with the others'."""
+    g, labels = gradients(noise=0.2)
+    matrix = cosines(g + 0.8)
+    scores, _ = principal_axes(matrix, 2)
+    rows = np.array([[0.05 * (group == k) for group in labels] for k in range(3)])
+    mark, spread = no_direction(matrix, scores), np.sqrt((scores**2).sum(1).mean())
+    assert np.linalg.norm(mark) > 0.5 * spread
+    np.testing.assert_allclose(mark, -matrix.mean(0) @ np.linalg.pinv(matrix - matrix.mean(0)) @ scores, atol=1e-9)
+    places = project_rows(matrix, scores, rows)
+    assert np.linalg.norm(places - mark, axis=1).max() < 0.1 * spread  # however they were trained
+    centres = np.array([scores[[group == k for group in labels]].mean(0) for k in range(3)])
+    assert len({int(np.argmax(centres @ place)) for place in places}) == 1  # the map sends all of them to one group
+    assert nearest_groups(rows, labels) == [0, 1, 2]
+
+
+def test_the_nearest_group_by_hand():
+    rows = [[0.0, 0.1, 0.04], [-0.3, 0.0, -0.2], [0.0, 0.0, 0.0]]  # means 0.05 and 0.04; -0.15 and -0.2; a model at rest
+    assert nearest_groups(rows, [0, 0, 7]) == [0, 0, None]
+    assert nearest_groups([[0.0, 0.1, 0.06]], [0, 0, 7]) == [7]
+    assert nearest_groups(rows, [1, 1, 1]) == nearest_groups(rows, [None] * 3) == [None] * 3
+    assert nearest_groups(np.zeros((0, 3)), [0, 1, 1]) == []
 
 
 def test_the_tree_s_top_branches_are_the_planted_groups():

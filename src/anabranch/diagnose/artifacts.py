@@ -51,7 +51,8 @@ class Segment(Part):
     losses: list[float]
     barrier: float = Field(description="max_a [L(a) - ((1-a) L(0) + a L(1))], >= 0")
     at: float = Field(description="the a of the barrier")
-    low: float = Field(description="95 % interval over blocks of rows of the gap at that a")
+    low: float = Field(description="interval over blocks of rows of the gap at that a; those of all segments on these rows "
+                                   "hold at once in 95 %")
     high: float
 
 
@@ -257,6 +258,8 @@ class GradientMap(Diagnostic):
         description="average linkage on 1 - cosine over the units (scipy's format), rows of `points` in order")
     cophenetic: float = Field(description="correlation of the dendrogram's distances with 1 - cosine, in [-1, 1]")
     silhouette: float | None = Field(description="of the groups on 1 - cosine, in [-1, 1]; null: fewer than 2 groups")
+    no_direction: tuple[float, float] | None = Field(
+        None, description="place on the PCA map of what has cosine 0 with every unit; null: not measured")
 
 
 KINDS: dict[str, type[Diagnostic]] = {

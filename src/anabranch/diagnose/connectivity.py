@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from anabranch.rows import generator
 
 Floats = NDArray[np.float64]
-RESAMPLES = 2000
+RESAMPLES = 4000
 
 
 class Barrier(NamedTuple):
@@ -33,13 +33,14 @@ def curve(sums: Floats, tokens: Floats) -> Floats:
     return loss
 
 
-def barrier(alphas: Floats, sums: Floats, tokens: Floats, *, name: str) -> Barrier:
+def barrier(alphas: Floats, sums: Floats, tokens: Floats, *, name: str, tests: int = 1) -> Barrier:
     """The barrier of a curve and its 95 % bootstrap interval over blocks of rows.
 
     Args:
         alphas: [P], ascending, from 0 to 1.
         sums: [P, B], summed nats of each block at each point. tokens: [B].
         name: of the segment; names the random stream.
+        tests: how many segments are looked at together: the intervals of all of them hold at once in 95 % (Bonferroni).
 
     The interval is of the gap at the one point that the full data chose: so it can lie below zero, which the height
     cannot, and it does not grow with the number of points. With one block there is nothing to resample: low = high.
@@ -50,7 +51,7 @@ def barrier(alphas: Floats, sums: Floats, tokens: Floats, *, name: str) -> Barri
     picks = generator(0, "barrier", name).integers(0, sums.shape[1], (RESAMPLES, sums.shape[1]))
     drawn = ends[:, picks].sum(axis=2) / tokens[picks].sum(axis=1)
     a = alphas[best]
-    low, high = np.quantile(drawn[2] - ((1 - a) * drawn[0] + a * drawn[1]), [0.025, 0.975])
+    low, high = np.quantile(drawn[2] - ((1 - a) * drawn[0] + a * drawn[1]), [0.025 / tests, 1 - 0.025 / tests])
     return Barrier(float(gaps[best]), float(a), float(low), float(high))
 
 

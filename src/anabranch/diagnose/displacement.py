@@ -21,8 +21,12 @@ Floats = NDArray[np.float64]
 BLOCK = 1 << 20  # numbers of every model that stand in float64 at a time
 
 # Part of a parameter's name -> what kind of module it belongs to; the first that fits.
-KINDS = (("norm", r"norm|\bln_|layernorm"), ("head", r"lm_head|embed_out|output\.weight"),
-         ("embedding", r"embed|\bwte\b|\bwpe\b"), ("attention", r"attn|attention"), ("mlp", r"mlp|feed_forward|experts|\bfc\d"))
+# Norms are told by the module that holds the tensor (DBRX keeps attention in `norm_attn_norm`), and what is within a layer
+# before the head: `output` is the head's name in some models and a projection's in others.
+KINDS = (("norm", r"norm[^.]*(\.[^.]*)?$|(^|[._])ln(\d|_[^.]*)?\.[^.]*$"), ("attention", r"attn|[Aa]ttention"),
+         ("mlp", r"mlp|ffn|feed_?forward|experts|(^|[._])moe\b|\bfc\d"),
+         ("head", r"(^|\.)(lm_head|embed_out|output_layer)\.|^(model\.|transformer\.)?(output|head)\."),
+         ("embedding", r"embed|\bwte\b|\bwpe\b"))
 
 
 def layer_of(name: str) -> str:
@@ -41,12 +45,14 @@ class Moments:
     """Gram matrices of the task vectors, summed tensor by tensor in float64.
 
     `gram` [M, M]: over everything; `layers`, `kinds`: squared norms [M] by layer and by kind of module; with branches and
-    weights also the terms of the contraction, each from its own differences rather than from the Gram matrix.
+    weights also the terms of the contraction, each from its own differences rather than from the Gram matrix. `rounding`:
+    relative spacing of numbers in the merged model's dtype; `is_mean`: it is the branches' mean, rounded, at every entry.
     """
 
     models: int
     branches: Sequence[int] = ()
     weights: Sequence[float] = ()
+    rounding: float = 0.0
     gram: Floats = field(init=False)
     base: float = 0.0
     parameters: int = 0
@@ -54,7 +60,7 @@ class Moments:
     kinds: dict[str, Floats] = field(default_factory=dict)
     mean_square: float = 0.0
     spread: float = 0.0
-    mean_to_merged: float = 0.0
+    is_mean: bool = True
 
     def __post_init__(self) -> None:
         self.gram = np.zeros((self.models, self.models))
@@ -75,7 +81,10 @@ class Moments:
                 self.mean_square += float(mean @ mean)
                 self.spread += float(np.asarray(self.weights) @ np.square(own - mean).sum(axis=1))
                 if merged is not None:
-                    self.mean_to_merged += float(np.square(moved[merged] - mean).sum())
+                    # half a spacing of its dtype, and a few of float32 of the terms, in which the sum was formed
+                    terms = np.abs(origin.numpy()) + np.abs(own).max(axis=0)
+                    limit = 0.51 * self.rounding * np.abs(mean + origin.numpy()) + 4e-7 * terms
+                    self.is_mean &= bool((np.abs(moved[merged] - mean) <= limit).all())
         self.layers[layer_of(name)] = self.layers.get(layer_of(name), np.zeros(self.models)) + squares
         self.kinds[kind_of(name)] = self.kinds.get(kind_of(name), np.zeros(self.models)) + squares
 
@@ -92,15 +101,11 @@ class Moments:
         found: Floats = np.clip(self.gram / np.outer(norms, norms), -1.0, 1.0)
         return found
 
-    def contraction(self, merged: int | None, tolerance: float) -> ContractionCheck:
-        """Eq. 11 (arXiv 2606.01717) with the merge's weights in place of 1/K, which holds for any weights of sum 1.
-
-        Args:
-            tolerance: a merged model nearer to the mean than this (L2) is that mean: what rounding moves it by.
-        """
+    def contraction(self, merged: int | None) -> ContractionCheck:
+        """Eq. 11 (arXiv 2606.01717) with the merge's weights in place of 1/K, which holds for any weights of sum 1."""
         squares = np.diag(self.gram)
         branches = float(np.asarray(self.weights) @ squares[list(self.branches)])
         error = abs(branches - self.mean_square - self.spread) / branches if branches else 0.0
-        apart = None if merged is None else bool(self.mean_to_merged <= tolerance**2)
         return ContractionCheck(branches=branches, merged=self.mean_square, spread=self.spread, error=error,
-                                merged_from_file=None if merged is None else float(squares[merged]), is_average=apart)
+                                merged_from_file=None if merged is None else float(squares[merged]),
+                                is_average=None if merged is None else self.is_mean)

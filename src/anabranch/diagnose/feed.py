@@ -29,6 +29,7 @@ from anabranch.diagnose.surface import Plane
 from anabranch.scores import TIE
 
 Floats = NDArray[np.float64]
+BLOCKS_TO_JUDGE = 8  # with 4, one segment in eight without a barrier is taken for one with; with 8, one in twenty-five
 PAPER_RATIO = (2.43, 2.92)  # arXiv 2606.01717: displacement, joint over merged
 
 
@@ -75,12 +76,12 @@ def measure_lmc(subject: Subject, settings: Settings) -> LinearModeConnectivity:
         for rows, picked in _row_sets(groups):
             sums = np.array([np.concatenate([point[g][:, 0] for g in picked]) for point in found])
             tokens = np.concatenate([found[0][g][:, 1] for g in picked])
-            high = barrier(alphas, sums, tokens, name=f"{start} {end} {rows}")
+            high = barrier(alphas, sums, tokens, name=f"{start} {end} {rows}", tests=len(pairs))
             segments.append(Segment(
                 start=start, end=end, rows=rows, alphas=alphas.tolist(), losses=curve(sums, tokens).tolist(),
                 barrier=high.height, at=high.at, low=high.low, high=high.high))
     blocks = {rows: sum(groups[g].block_count for g in picked) for rows, picked in _row_sets(groups)}
-    verdict, said = judge_segments(segments)
+    verdict, said = judge_segments(segments, blocks[MIXTURE])
     return LinearModeConnectivity(settings={"points": settings.points, "seed": settings.seed, "rows": settings.rows,
                                             "batch_rows": settings.batch_rows},
                                   verdict=verdict, said=said, blocks=blocks, segments=segments)
@@ -97,8 +98,8 @@ def _row_sets(groups: list[Probe]) -> list[tuple[str, list[int]]]:
     return [(MIXTURE, list(range(len(groups)))), *alone]
 
 
-def judge_segments(segments: list[Segment]) -> tuple[Verdict, list[str]]:
-    """Bad: a barrier above TIE nats whose interval excludes zero, on the mixture's rows.
+def judge_segments(segments: list[Segment], blocks: int) -> tuple[Verdict, list[str]]:
+    """Bad: a barrier above TIE nats whose interval excludes zero, on the mixture's rows; none with too few `blocks` to tell.
 
     A group's own rows are told but do not condemn a merge: there, a line from that group's branch to any other model must
     climb, and where it climbs most is the barrier; and many segments times many groups find chance barriers.
@@ -124,6 +125,9 @@ def judge_segments(segments: list[Segment]) -> tuple[Verdict, list[str]]:
                     f"to {others[0].end} on {others[0].rows}: {others[0].barrier:.3f} nats.")
     said.append("No barrier does not mean that the merge is better than joint training; it means that averaging did not break "
                 "what was averaged.")
+    if blocks < BLOCKS_TO_JUDGE:
+        return "none", [*said, f"With {blocks} blocks of rows there is no telling chance from barriers: no verdict. Give more "
+                               "rows (--rows)."]
     return ("bad" if found else "good"), said
 
 
@@ -141,8 +145,9 @@ def measure_displacement(subject: Subject, settings: Settings) -> Displacement:
         raise NotApplicable("only the base is there: nothing moved")
     place = {label: i for i, label in enumerate(labels)}
     merged = place.get(MERGED)
-    moments = Moments(len(labels), [place[b] for b in subject.branches], subject.weights)
     live = subject.live
+    moments = Moments(len(labels), [place[b] for b in subject.branches], subject.weights,
+                      live.weights[MERGED].rounding if merged is not None else 0.0)
     for i, name in enumerate(live.parameters):
         subject.tell(name, i, len(live.parameters))
         moments.add(name, live.weights[BASE].read(name).reshape(-1),
@@ -152,7 +157,7 @@ def measure_displacement(subject: Subject, settings: Settings) -> Displacement:
         model=label, norm=float(norms[i]), relative=float(norms[i] / base),
         by_layer={layer: float(np.sqrt(s[i])) for layer, s in moments.layers.items()},
         by_type={kind: float(np.sqrt(s[i])) for kind, s in moments.kinds.items()}) for label, i in place.items()]
-    check = moments.contraction(merged, _rounding(subject, base)) if len(subject.branches) > 1 else None
+    check = moments.contraction(merged) if len(subject.branches) > 1 else None
     ratio = float(norms[place[JOINT]] / norms[merged]) if JOINT in place and merged is not None and norms[merged] else None
     result = Displacement(
         settings={"seed": settings.seed}, verdict="none", said=[], base_norm=base, parameters=moments.parameters,
@@ -162,26 +167,18 @@ def measure_displacement(subject: Subject, settings: Settings) -> Displacement:
     return result.model_copy(update={"verdict": verdict, "said": said})
 
 
-def _rounding(subject: Subject, base: float) -> float:
-    """How far rounding to its own dtype may put the merged model from the exact mean: eps times the length of the weights."""
-    if MERGED not in subject.labels:
-        return 0.0
-    dtypes = {subject.live.weights[MERGED].read(name).dtype for name in subject.live.parameters}
-    return base * max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
 def judge_displacement(found: Displacement) -> tuple[Verdict, list[str]]:
     """Bad: the contraction identity fails on the real weights: then a file is not what it is taken for."""
     norm = {m.model: m.norm for m in found.models}
     said = ["Distance from the base: " + ", ".join(f"{label} {value:.3g}" for label, value in norm.items())
             + f" (the base's own length: {found.base_norm:.3g})."]
     if found.joint_over_merged is not None:
-        said.append(f"Joint training moved {found.joint_over_merged:.2f} times as far as the merge (the paper: {PAPER_RATIO[0]} "
-                    f"to {PAPER_RATIO[1]}). A shorter step alone keeps more of the base: compare with `joint_matched` before "
-                    "crediting the split.")
+        said.append(f"Joint training moved {found.joint_over_merged:.2f} times as far as the merge (the paper: "
+                    f"{PAPER_RATIO[0]} to {PAPER_RATIO[1]}). A shorter step alone keeps more of the base: compare with "
+                    "`joint_matched` before crediting the split.")
     bad = False
     if (check := found.contraction) is not None:
-        bad = check.error > 1e-6
+        bad = not check.error <= 1e-6
         share = check.spread / check.branches if check.branches else 0.0
         said.append(f"Contraction (eq. 11): {check.branches:.6g} = {check.merged:.6g} + {check.spread:.6g}, to "
                     f"{check.error:.0e}: averaging cancels {share:.0%} of the branches' mean squared step."
@@ -189,7 +186,7 @@ def judge_displacement(found: Displacement) -> tuple[Verdict, list[str]]:
         if check.is_average is False:
             said.append("The merged model is not that weighted mean of these branches: another merge method, other weights or "
                         "other branches made it. The identity is told of the mean.")
-    return ("bad" if bad else "good" if found.contraction else "none"), said
+    return ("bad" if bad else "none"), said  # an identity that holds says nothing for the merge
 
 
 # ---- loss surface ----------------------------------------------------------------------------------------------------
@@ -215,11 +212,11 @@ def measure_surface(subject: Subject, settings: Settings) -> LossSurface:
     corners, probe, live = _corners(subject), subject.probes[MIXTURE], subject.live
     origin = corners[0]
     others = [label for label in subject.labels if label != origin]
-    gram = np.zeros((len(others), len(others)))
+    moments = Moments(len(others))
     for name in live.parameters:
-        zero = live.weights[origin].read(name).reshape(-1).double()
-        moved = torch.stack([live.weights[label].read(name).reshape(-1).double() - zero for label in others])
-        gram += (moved @ moved.T).numpy()
+        moments.add(name, live.weights[origin].read(name).reshape(-1),
+                    [live.weights[label].read(name).reshape(-1) for label in others], None)
+    gram = moments.gram
     spans = [others.index(c) for c in corners[1:]]
     try:
         plane = Plane.through(gram[np.ix_(spans, spans)])

@@ -24,14 +24,14 @@ from anabranch.diagnose.subject import BASE, MERGED, Live, NotApplicable, Settin
 from anabranch.errors import CorruptedError, ProvenanceError
 from anabranch.gradients import Sketch, half_gradient, load_halves
 from anabranch.recipe import GradientSection
+from anabranch.report.diagnostics import PAPER_CALIBRATION
 from anabranch.rows import Rows, generator, load_unit
 from anabranch.run import Run
 
 MOST_UNITS = 12  # measured for calibration size; more are drawn from by seed
 FEWEST_SIZES = 3
 KEPT_NUMBERS = 2**28  # of gradients held at once, 1 GB; a sketch that would need more gives way to a fold
-# Cosine of the n-example gradient with the 1000-example one, Qwen2.5-VL-3B on Vision-FLAN.
-PAPER = {50: 0.683, 100: 0.762, 200: 0.847, 400: 0.920}
+TOLD_SIZES = (50, 100, 200, 400)  # of the paper's, set beside ours in words
 
 
 def _run_of(subject: Subject) -> Run:
@@ -189,8 +189,8 @@ def _calibration_said(units: Sequence[UnitCalibration], able: int, settings: Set
 def _paper_line(units: Sequence[UnitCalibration]) -> str:
     """The paper's cosines are with 1000 examples; units that have fewer are set beside them by their reliability."""
     ratios = [np.inf if (last := u.reliability[-1]) <= 0 else u.sizes[-1] * (1 / last - 1) for u in units]
-    told = ", ".join(f"n = {n} {np.mean([nested_cosine(n, 1000, r) for r in ratios]):.2f} ({PAPER[n]:.2f})"
-                     for n in PAPER)
+    told = ", ".join(f"n = {n} {np.mean([nested_cosine(n, 1000, r) for r in ratios]):.2f} ({PAPER_CALIBRATION[n]:.2f})"
+                     for n in TOLD_SIZES)
     return f"Cosines with 1000 examples that these reliabilities stand for (the paper's, measured): {told}."
 
 
@@ -263,17 +263,18 @@ def measure_map(subject: Subject, settings: Settings) -> GradientMap:
     models = [label for label in subject.labels if label in subject.branches or label == MERGED]
     vectors = _task_vectors(subject, run, units, models)
     rows, mutual = _rows(run, units, vectors)
-    matrix = units.conflict.matrix
+    matrix, groups = units.conflict.matrix, _groups(subject, units)
     if matrix == "gram":
         # a task vector has no length that compares with a gradient's: it is given the units' root mean square
         length = np.sqrt(np.mean(np.diag(units.gram)))
-        further = gradient_map.project_products(units.gram, units.scores, rows * units.lengths * length)
+        products = np.vstack([rows * units.lengths * length, np.zeros(len(groups))])
+        *further, nowhere = gradient_map.project_products(units.gram, units.scores, products)
     else:
-        further = gradient_map.project_rows(units.similarity, units.scores, rows)
+        further = list(gradient_map.project_rows(units.similarity, units.scores, rows))
+        nowhere = gradient_map.no_direction(units.similarity, units.scores)
     places = np.vstack([units.scores, further])
     together = np.block([[units.similarity, rows.T], [rows, mutual]])
     embedded = gradient_map.tsne(together, places)
-    groups = _groups(subject, units)
     tree = gradient_map.dendrogram(units.similarity)
     found = gradient_map.silhouette(units.similarity, groups)
     points = [MapPoint(name=name, role=role, group=group, pca=(float(places[i, 0]), float(places[i, 1])),
@@ -282,8 +283,9 @@ def measure_map(subject: Subject, settings: Settings) -> GradientMap:
     return GradientMap(
         settings={"seed": run.recipe.seed, "matrix": matrix, "sketch": units.gradients.sketch, "size": units.gradients.size,
                   "perplexity": gradient_map.perplexity_for(len(together))},
-        verdict="none", said=_map_said(subject, units, groups, found, tree, models, rows, further), points=points,
-        explained=units.conflict.explained[:2], linkage=tree.linkage, cophenetic=tree.cophenetic, silhouette=found)
+        verdict="none", said=_map_said(subject, units, groups, found, tree, models, rows, nowhere), points=points,
+        explained=units.conflict.explained[:2], linkage=tree.linkage, cophenetic=tree.cophenetic, silhouette=found,
+        no_direction=(float(nowhere[0]), float(nowhere[1])))
 
 
 def _task_vectors(subject: Subject, run: Run, units: _Units, models: Sequence[str]) -> Float[np.ndarray, "E m"]:
@@ -337,7 +339,7 @@ def _named(subject: Subject, units: _Units, groups: Sequence[int | None],
 
 
 def _map_said(subject: Subject, units: _Units, groups: Sequence[int | None], found: float | None, tree: gradient_map.Tree,
-              models: Sequence[str], rows: np.ndarray, further: np.ndarray) -> list[str]:
+              models: Sequence[str], rows: np.ndarray, nowhere: np.ndarray) -> list[str]:
     lines = [f"The map's two axes hold {sum(units.conflict.explained[:2]):.0%} of the variance of the {units.conflict.matrix} "
              f"matrix; the dendrogram's distances correlate with 1 - cosine at {tree.cophenetic:.2f}."]
     if found is not None:
@@ -351,31 +353,31 @@ def _map_said(subject: Subject, units: _Units, groups: Sequence[int | None], fou
     if pair := gradient_map.together_and_apart(units.similarity, [sources.get(n) for n in units.conflict.units]):
         lines.append(f"Mean cosine of two units of one source {pair[0]:+.3f}, of different sources {pair[1]:+.3f}: sources "
                      f"{'lie together' if pair[0] > pair[1] else 'do not lie together'}.")
-    return lines + _models_said(subject, units, groups, models, rows, further)
+    return lines + _models_said(subject, units, groups, models, rows, nowhere)
 
 
 def _models_said(subject: Subject, units: _Units, groups: Sequence[int | None], models: Sequence[str], rows: np.ndarray,
-                 further: np.ndarray) -> list[str]:
-    """Where branches and the merged model lie. The units' centroid is the origin: both PCAs are centred."""
+                 nowhere: np.ndarray) -> list[str]:
+    """Which units the models went with, by their cosines: where they lie on the map says little while those are small."""
     lines = []
-    spread = float(np.sqrt((units.scores**2).sum(axis=1).mean()))
-    own = {g: units.scores[[x == g for x in groups]].mean(axis=0) for g in set(groups) if g is not None}
-    if len(own) > 1 and any(label in models for label in subject.branches):
-        # by direction: small cosines keep every task vector near the centre
-        home = [k for k, label in enumerate(subject.branches) if label in models and k in own
-                and max(own, key=lambda g: float(further[models.index(label)] @ own[g]) / (np.linalg.norm(own[g]) or 1.0)) == k]
-        lines.append(f"{len(home)} of {len(subject.branches)} branches lie in the direction of their own group's centre.")
-        each = [(float(rows[models.index(label)][[g == k for g in groups]].mean()),
-                 float(rows[models.index(label)][[g != k for g in groups]].mean()))
-                for k, label in enumerate(subject.branches) if label in models and k in own]
+    home = {k: models.index(label) for k, label in enumerate(subject.branches) if label in models and k in groups}
+    if home and len(set(groups)) > 1:
+        nearest = gradient_map.nearest_groups(rows, groups)
+        lines.append(f"{sum(nearest[i] == k for k, i in home.items())} of {len(home)} branches have a larger mean cosine with "
+                     "their own group's units than with any other group's.")
+        each = [(float(rows[i][[g == k for g in groups]].mean()), float(rows[i][[g != k for g in groups]].mean()))
+                for k, i in home.items()]
         lines.append(f"Mean cosine of a branch's step (reversed) with its own units' gradients "
                      f"{np.mean([a for a, _ in each]):+.3f}, with the others' {np.mean([b for _, b in each]):+.3f}.")
-    if MERGED in models and spread > 0:
-        i = models.index(MERGED)
-        away = float(np.linalg.norm(further[i])) / spread
-        of_branches = [float(np.linalg.norm(further[models.index(b)])) / spread for b in subject.branches if b in models]
-        lines.append(f"The merged model lies {away:.2f} times the units' spread from their centre"
-                     + (f" (branches {min(of_branches):.2f} to {max(of_branches):.2f})" if of_branches else "")
-                     + f"; its step, reversed, has a mean cosine of {rows[i].mean():+.3f} with the units' gradients at the "
-                     f"base, and a negative one with {int((rows[i] < 0).sum())} of {rows.shape[1]}.")
+    if MERGED in models:
+        mine = rows[models.index(MERGED)]
+        lines.append(f"The merged model's step, reversed, has a mean cosine of {mine.mean():+.3f} with the units' gradients at "
+                     f"the base, and a negative one with {int((mine < 0).sum())} of {len(mine)}.")
+    spread = float(np.sqrt((units.scores**2).sum(axis=1).mean()))
+    if models and spread > 0:
+        away = float(np.linalg.norm(nowhere)) / spread
+        lines.append(f"The models' cosines with the units lie between {rows.min():+.3f} and {rows.max():+.3f}. What has cosine "
+                     f"0 with every unit lies {away:.2f} times the units' spread from their centre, at the mark \"no direction "
+                     "in common\": models of small cosines lie near that mark whatever they learned, and their place among "
+                     "the units says little, in t-SNE too.")
     return lines

@@ -5,7 +5,9 @@
 
 A branch stands here by its task vector reversed in sign, theta_0 - theta_k: under gradient descent that is a sum of
 gradients, so its cosine with a unit's gradient means what the cosine of two units means. Adam's normalisation and many
-steps turn it away from the gradients at the base, so these cosines are smaller than those among units.
+steps turn it away from the gradients at the base, so these cosines are smaller than those among units. A row of
+small cosines is mostly minus the column means, so its place on the map is near `no_direction`'s and not at the origin:
+which units a model went with is told by its cosines (`nearest_groups`), not by its place.
 
 Source: MERIT, arXiv:2606.01717, gradient map (t-SNE and PCA of unit gradients). Where we differ: PCA is the conflict
 stage's own, further points are projected on its axes afterwards; the dendrogram is ours.
@@ -60,6 +62,30 @@ def project_products(gram: ArrayLike, scores: ArrayLike, rows: ArrayLike) -> Flo
     values, z, x = (np.asarray(v, dtype=np.float64) for v in (gram, scores, rows))
     centred = x - x.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
     return centred @ z / _squares(z)
+
+
+def no_direction(matrix: ArrayLike, scores: ArrayLike) -> Floats:
+    """Where `project_rows` puts a point that has cosine 0 with every unit, float64 [r]: -mean V, seldom the origin."""
+    values = np.asarray(matrix, dtype=np.float64)
+    found: Floats = project_rows(values, scores, np.zeros((1, len(values))))[0]
+    return found
+
+
+def nearest_groups(rows: ArrayLike, groups: Sequence[int | None]) -> list[int | None]:
+    """For every further point the group with whose units it has the largest mean cosine, [E].
+
+    None where that is not one group: without two groups, or with equal means (a model that did not move).
+
+    Args:
+        rows: [E, T] cosines with the units. groups: [T].
+    """
+    values, there = np.asarray(rows, dtype=np.float64), sorted({g for g in groups if g is not None})
+    if len(there) < 2:
+        return [None] * len(values)
+    means = np.stack([values[:, [x == g for x in groups]].mean(axis=1) for g in there], axis=1)
+    best = means.max(axis=1, keepdims=True)
+    return [there[int(np.argmax(row))] if alone else None
+            for row, alone in zip(means, (means == best).sum(axis=1) == 1, strict=True)]
 
 
 def _squares(scores: Floats) -> Floats:

@@ -13,12 +13,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from anabranch.artifacts import BranchManifest, MergeManifest, Mixture, digest
+from anabranch.artifacts import (
+    ArmRun,
+    BranchManifest,
+    Conflict,
+    Gradients,
+    MergeManifest,
+    Mixture,
+    Plan,
+    digest,
+    file_digest,
+)
 from anabranch.branches import train_settings
+from anabranch.compare import Arm, arm_inputs
 from anabranch.diagnose.artifacts import KINDS, Cost, Diagnostic
 from anabranch.diagnose.feed import (
     displacement_passes,
@@ -44,6 +54,7 @@ from anabranch.diagnose.subject import (
     Probe,
     Settings,
     Subject,
+    check_finite,
     check_probes,
     joined_probe,
     live_model,
@@ -51,6 +62,7 @@ from anabranch.diagnose.subject import (
 )
 from anabranch.engine.checkpoint import checkpoint_hash
 from anabranch.engine.fetch import resolve
+from anabranch.engine.merging import verify_files
 from anabranch.errors import CorruptedError, OutputError, ProvenanceError, RecipeError, closest
 from anabranch.mixture import exclusion_lines, held_out_rows
 from anabranch.model import keep_buffers, load_tokenizer, select_trainable
@@ -74,6 +86,15 @@ DIAGNOSTICS: dict[str, tuple[Passes, Measure]] = {
     "calibration": (calibration_passes, measure_calibration),
     "curvature": (curvature_passes, measure_curvature),
 }
+READS_EVERY_MODEL = ("displacement", "map", "surface")
+# The settings that decide each; the others may change without it being measured again.
+PROBE_SETTINGS = ("seed", "rows", "batch_rows")
+USES: dict[str, tuple[str, ...]] = {
+    "displacement": (), "generalization": PROBE_SETTINGS, "lmc": ("points", *PROBE_SETTINGS), "map": ("seed",),
+    "perturbation": ("draws", "sigmas_isotropic", "sigmas_filter", *PROBE_SETTINGS), "surface": ("grid", *PROBE_SETTINGS),
+    "calibration": ("seed", "batch_rows", "sizes", "wanted_reliability"),
+    "curvature": ("steps", "top", "axes", "representatives", *PROBE_SETTINGS)}
+FROM_GRADIENTS = ("map", "calibration", "curvature")
 MINUTES = 10.0
 
 
@@ -115,6 +136,7 @@ def subject_of_run(run: Run, settings: Settings) -> Subject:
     if missing or not (run.folder / "merged" / "manifest.json").exists():
         what = f"branch {', '.join(missing)}" if missing else "the merged model"
         raise ProvenanceError(f"{run.folder}: {what} is not there yet. Run `anabranch run recipe.yaml` to the end first.")
+    problems: list[str] = []
     for group in plan.groups:
         manifest = BranchManifest.load(run.branch(group.group) / "branch.json")
         if manifest.made_from.get("plan") != plan.hash:
@@ -123,7 +145,13 @@ def subject_of_run(run: Run, settings: Settings) -> Subject:
         folders[f"branch-{group.group}"] = run.branch(group.group) / "model"
         hashes[f"branch-{group.group}"] = digest(manifest.files)
         epochs[f"branch-{group.group}"] = own
+        problems += [f"{run.branch(group.group) / 'model' / name}: changed since it was trained" for name, sha in
+                     manifest.files.items() if file_digest(run.branch(group.group) / "model" / name) != sha]
     merged = MergeManifest.load(run.folder / "merged" / "manifest.json")
+    problems += _changed(run.folder / "merged") + _strangers(run, merged, plan, hashes)
+    if problems:
+        raise ProvenanceError.of(f"{run.folder}: these are not the models that the run made:", [
+            *problems, "Restore them, or run `anabranch run recipe.yaml --from merge` (from train, for a branch)."])
     folders[MERGED], hashes[MERGED], epochs[MERGED] = run.folder / "merged", merged.model_hash, own
     if (joint := _joint_of(run)) is not None:
         folders[JOINT], epochs[JOINT] = joint, own
@@ -138,11 +166,33 @@ def subject_of_run(run: Run, settings: Settings) -> Subject:
         _probes(held, by_group, _rows(run, mixture, "train"), settings), hashes, run, plan, epochs)
 
 
+def _strangers(run: Run, merged: MergeManifest, plan: Plan, hashes: dict[str, str]) -> list[str]:
+    """What the merged model says it was made from, against what is there."""
+    wanted = {"base": run.base_hash, "plan": plan.hash} | {k: h for k, h in hashes.items() if k != BASE}
+    return [f"{run.folder / 'merged'}: was merged from another {name} than is there now" for name, found in wanted.items()
+            if merged.made_from.get(name) != found]
+
+
+def _changed(folder: Path) -> list[str]:
+    """Tensors and files of a merged folder that are not as its manifest says; files that somebody added do no harm."""
+    return [p for p in verify_files(folder) if p.startswith("tensor ") or not p.endswith("not made by the merge")]
+
+
 def _joint_of(run: Run) -> Path | None:
-    """The comparison's jointly trained model, of the recipe's seed if it is among them."""
-    found = sorted((run.folder / "compare" / "joint").glob("seed-*/merged/manifest.json"),
-                   key=lambda p: (p.parts[-3] != f"seed-{run.recipe.seed}", p.parts[-3]))
-    return found[0].parent if found else None
+    """The comparison's jointly trained model, of the recipe's seed if it is among them; one of other budgets is not taken."""
+    joint = Arm("joint", "joint")
+    found = sorted((run.folder / "compare" / "joint").glob("seed-*/arm.json"),
+                   key=lambda p: (p.parent.name != f"seed-{run.recipe.seed}", p.parent.name))
+    for path in found:
+        known, now = ArmRun.load(path).made_from, arm_inputs(run, joint, int(path.parent.name.removeprefix("seed-")))
+        changed = [key for key in now if key != "evaluation" and known.get(key) != now[key]]
+        if not changed and not (problems := _changed(path.parent / "merged")):
+            if path.parent.name != f"seed-{run.recipe.seed}":
+                run.tell(f"joint: of {path.parent.name}, the comparison has none of the recipe's seed {run.recipe.seed}")
+            return path.parent / "merged"
+        run.tell(f"joint of {path.parent.name}: left out: " + (f"trained with another {', '.join(changed)} than the recipe now "
+                                                               "asks for" if changed else problems[0]))
+    return None
 
 
 def _rows(run: Run, mixture: Mixture, split: str) -> dict[str, Rows]:
@@ -166,7 +216,7 @@ def _probes(held: dict[str, Rows], by_group: dict[str, dict[str, Rows]], trainin
     filled = {name: rows for name, rows in by_group.items() if rows}
     probes = {}
     if len(filled) > 1:
-        each = Settings(**(asdict(settings) | {"rows": max(settings.batch_rows, settings.rows // len(filled))}))
+        each = Settings(**(asdict(settings) | {"rows": max(1, settings.rows // len(filled))}))
         probes = {name: make_probe(name, rows, each) for name, rows in filled.items()}
         mixture = joined_probe(MIXTURE, list(probes.values()))
     else:
@@ -195,17 +245,26 @@ def subject_of_models(base: str, branches: Sequence[str], merged: str | None, jo
     rows, excluded = held_out_rows(recipe, load_tokenizer(folders[BASE]))
     for line in exclusion_lines(excluded):
         warn(f"left out: {line}")
-    weights = [1 / len(branches)] * len(branches)
-    if merged and (folders[MERGED] / "manifest.json").is_file():
-        try:
-            told = MergeManifest.load(folders[MERGED] / "manifest.json").weights
-        except CorruptedError:  # another tool's manifest.json
-            told = []
-        if len(told) == len(branches) and sum(told) > 0:
-            weights = [w / sum(told) for w in told]
+    labels = [f"branch-{i}" for i in range(len(branches))]
+    told = _told_weights(folders[MERGED]) if merged else {}
+    weights = [told.get(folders[label].resolve(), 0.0) for label in labels]
+    if len(told) != len(labels) or not all(weights):
+        weights = [1 / len(labels)] * len(labels) if labels else []
+        if len(labels) > 1:
+            warn("branches weigh the same in the mean: the merged model's manifest.json does not name these branches' weights")
     hashes = {label: checkpoint_hash(folder) for label, folder in folders.items()}
-    return Subject(live, list(folders), [f"branch-{i}" for i in range(len(branches))], weights, _probes(rows, {}, {}, settings),
-                   hashes)
+    return Subject(live, list(folders), labels, weights, _probes(rows, {}, {}, settings), hashes)
+
+
+def _told_weights(merged: Path) -> dict[Path, float]:
+    """Folder of each branch -> its share, as the merge's own manifest has it; {} where it has none, or is another tool's."""
+    try:
+        manifest = MergeManifest.load(merged / "manifest.json")
+    except CorruptedError:
+        return {}
+    places = [Path(one.label).expanduser().resolve() for one in manifest.inputs if one.local][: len(manifest.weights)]
+    total = sum(manifest.weights)
+    return {place: w / total for place, w in zip(places, manifest.weights, strict=False)} if total > 0 else {}
 
 
 # ---- cost, order, files ----------------------------------------------------------------------------------------------
@@ -221,25 +280,33 @@ class Forecast:
     why: str = ""
 
 
-def seconds_per_pass(subject: Subject) -> float:
-    """Of one forward pass over a batch of the mixture's held-out rows, placing the weights included: the faster of two."""
-    probe, times = subject.probes[MIXTURE], []
+def _speed(subject: Subject) -> tuple[float, float]:
+    """(seconds of a forward pass over a batch of the mixture's held-out rows, placing the weights included; seconds of
+    reading one model), the faster of two."""
+    probe, times, reads = subject.probes[MIXTURE], [], []
     for _ in range(2):
         begun = time.monotonic()
         subject.live.put({BASE: 1.0})
+        reads.append(time.monotonic() - begun)
         subject.live.losses(probe)
         times.append(time.monotonic() - begun)
-    return min(times) / len(probe.batches)
+    return min(times) / len(probe.batches), min(reads)
 
 
 def forecasts(subject: Subject, settings: Settings, names: Sequence[str]) -> list[Forecast]:
-    """What each diagnostic would cost here."""
+    """What each diagnostic would cost here.
+
+    Raises:
+        ModelError: a model holds NaN or infinity, or a row a token without an embedding.
+    """
     check_probes(subject.probes, subject.live.model)
-    each, found = seconds_per_pass(subject), []
+    check_finite(subject.live)
+    (each, read), found = _speed(subject), []
     for name in names:
         try:
             passes = DIAGNOSTICS[name][0](subject, settings)
-            found.append(Forecast(name, passes, passes * each))
+            reads = len(subject.labels) if name in READS_EVERY_MODEL else 0
+            found.append(Forecast(name, passes, passes * each + reads * read))
         except NotApplicable as error:
             found.append(Forecast(name, why=str(error)))
     return found
@@ -256,21 +323,25 @@ def run_diagnostics(subject: Subject, out: Path, settings: Settings, *, only: li
     keep_buffers()
     _writable(out)
     begun, outcomes = time.monotonic(), []
-    for cost in forecasts(subject, settings, only or list(DIAGNOSTICS)):
-        inputs, path = _inputs(subject, settings, cost.name), out / f"{cost.name}.json"
-        known = _known(path, cost.name, inputs)
-        if known is not None:
-            tell(f"{cost.name}: as it was measured before ({path})")
-            outcomes.append(Outcome(cost.name, known))
+    names = only or list(DIAGNOSTICS)
+    there = {name: _known(out / f"{name}.json", name, _inputs(subject, settings, name)) for name in names}
+    costs = {cost.name: cost for cost in forecasts(subject, settings, [n for n in names if there[n] is None])}
+    for name in names:
+        path = out / f"{name}.json"
+        if (known := there[name]) is not None:
+            if not path.with_suffix(".png").exists():
+                draw_picture(known, path.with_suffix(".png"))
+            tell(f"{name}: as it was measured before ({path})")
+            outcomes.append(Outcome(name, known))
             continue
-        left = minutes * 60 - (time.monotonic() - begun)
+        cost, left = costs[name], minutes * 60 - (time.monotonic() - begun)
         if cost.why or (only is None and cost.seconds > left):
             why = cost.why or (f"would take {_clock(cost.seconds)}, and {_clock(max(left, 0))} of --minutes {minutes:g} are "
-                               f"left; `--only {cost.name}` runs it whatever it takes")
-            tell(f"{cost.name}: left out: {why}")
-            outcomes.append(Outcome(cost.name, None, why))
+                               f"left; `--only {name}` runs it whatever it takes")
+            tell(f"{name}: left out: {why}")
+            outcomes.append(Outcome(name, None, why))
             continue
-        outcomes.append(_measure(subject, settings, cost, inputs, path, tell, progress))
+        outcomes.append(_measure(subject, settings, cost, _inputs(subject, settings, name), path, tell, progress))
     return outcomes
 
 
@@ -299,11 +370,16 @@ def _measure(subject: Subject, settings: Settings, cost: Forecast, inputs: dict[
 
 def _inputs(subject: Subject, settings: Settings, name: str) -> dict[str, str]:
     """What a diagnostic depends on."""
-    made_from: dict[str, Any] = {label: subject.hashes[label] for label in subject.labels}
+    made_from = {label: subject.hashes[label] for label in subject.labels}
+    used = {key: getattr(settings, key) for key in USES[name]}
+    made_from["settings"] = digest([name, used, subject.weights, list(subject.live.trainable)])
     made_from["rows"] = digest({n: p.hash for n, p in subject.probes.items()})
-    made_from["settings"] = digest([name, asdict(settings), subject.weights])
     if subject.plan is not None:
         made_from["plan"] = subject.plan.hash
+    if subject.run is not None and name in FROM_GRADIENTS:
+        for kind, path in ((Gradients, "gradients/gradients.json"), (Conflict, "conflict/conflict.json")):
+            if (subject.run.folder / path).exists():
+                made_from[path.split("/")[0]] = kind.load(subject.run.folder / path).hash
     return made_from
 
 
@@ -313,7 +389,7 @@ def _known(path: Path, name: str, inputs: dict[str, str]) -> Diagnostic | None:
         found = KINDS[name].load(path)
     except CorruptedError:
         return None
-    return found if found.made_from == inputs and path.with_suffix(".png").exists() else None
+    return found if found.made_from == inputs else None
 
 
 def _writable(out: Path) -> None:

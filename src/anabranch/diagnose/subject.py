@@ -1,7 +1,9 @@
 """What is diagnosed: models by label, rows to judge them on, and one model in memory that becomes any of them.
 
 No checkpoint is written for a point between models: the one live model's parameters are replaced in place, tensor by
-tensor, by the merge engine's own maths. Memory: one model in float32, and CHUNK numbers of each model that is mixed.
+tensor, by the merge engine's own maths. Memory: one model in float32, and CHUNK numbers of each model that is mixed
+(`perturbation` holds its noise besides, one model more). Where transformers renames or joins tensors when it loads, as for
+mixtures of experts, every model is held in memory.
 
 A pass is one forward pass over one batch; a backward pass counts as two.
 """
@@ -28,6 +30,15 @@ from anabranch.rows import Rows, generator
 from anabranch.run import Run
 
 CHUNK = 1 << 24  # numbers of one tensor that are mixed at a time
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Tensors of old checkpoints that are no parameters.
+BUFFERS = ("inv_freq", "attn.bias", "masked_bias", "position_ids")
+# Keys of a config that do not change what a forward pass in evaluation mode computes.
+NEUTRAL = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache",
+           "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "hidden_dropout",
+           "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "max_position_embeddings", "id2label", "label2id",
+           "problem_type", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
+           "max_window_layers", "task_specific_params", "pretraining_tp", "_attn_implementation_autoset"}
 BASE, MERGED, JOINT, MIXTURE, TRAINING = "base", "merged", "joint", "mixture", "training"
 
 
@@ -107,18 +118,26 @@ class Weights:
         self.label, self.folder = label, folder
         self._files = Checkpoint.open(folder)
         self._loaded: dict[str, Tensor] = {}
+        if strange := sorted({i.dtype for n, i in self._files.tensors.items() if n in shapes} - FLOATS.keys()):
+            raise ModelError(f"{folder}: its weights are stored as {', '.join(strange)}: quantised models have no numbers to "
+                             "compare. Give the model as it was before, or dequantised.")
         if not self._is_direct(shapes):
             model = load_model(folder, "float32", trust_remote_code=trust_remote_code).cpu()
             self._loaded = {n: p.detach() for n, p in model.named_parameters()}
             self._check(shapes)
 
     def _is_direct(self, shapes: Mapping[str, torch.Size]) -> bool:
-        """Every parameter under its own name, and no other matrix, but for an output head that repeats an embedding."""
+        """Every parameter under its own name, and nothing else, but for an output head that repeats an embedding."""
         found = self._files.tensors
         if not all(n in found and found[n].shape == tuple(s) for n, s in shapes.items()):
             return False
-        others = [n for n, info in found.items() if n not in shapes and n.endswith("weight") and len(info.shape) > 1]
+        others = [n for n in found if n not in shapes and not n.endswith(BUFFERS)]
         return all(self._files.tied_copy_of(n) for n in others)
+
+    @property
+    def rounding(self) -> float:
+        """Relative spacing of numbers in the coarsest float dtype of its files."""
+        return max(torch.finfo(FLOATS[i.dtype]).eps for i in self._files.tensors.values() if i.dtype in FLOATS)
 
     def _check(self, shapes: Mapping[str, torch.Size]) -> None:
         problems = [f"parameter '{n}': the base has {tuple(shapes[n]) if n in shapes else 'none'}, {self.label} "
@@ -178,6 +197,8 @@ class Live:
             losses, _ = response_losses(self.model, batch, select=self.select)
             row = batch.response[:, 1:].nonzero()[:, 0].cpu().numpy()  # the row of each response token, in their order
             block = probe.blocks[i][row] if probe.blocks else np.full(len(row), i)
+            if not torch.isfinite(losses).all():
+                raise NotApplicable("the loss of a model, or of a point between models, is not finite on these rows")
             np.add.at(found, block, np.stack([losses.double().cpu().numpy(), np.ones(len(row))], axis=1))
             self.passes += 1
         return found
@@ -235,6 +256,7 @@ def live_model(folders: Mapping[str, Path], *, trainable: Callable[[Any], Sequen
     Raises:
         ModelError, ShapeMismatch.
     """
+    _check_configs(folders, trust_remote_code=trust_remote_code)
     model = load_model(folders[BASE], "float32", trust_remote_code=trust_remote_code)
     shapes = {n: p.shape for n, p in model.named_parameters()}
     weights, problems = {}, []
@@ -246,6 +268,38 @@ def live_model(folders: Mapping[str, Path], *, trainable: Callable[[Any], Sequen
     if problems:
         raise ShapeMismatch.of("these models cannot be compared:", problems)
     return Live(model, weights, tuple(trainable(model)))
+
+
+def _check_configs(folders: Mapping[str, Path], *, trust_remote_code: bool) -> None:
+    """All models run under the base's config, so none may have another. Raises ShapeMismatch naming every difference."""
+    from transformers import AutoConfig
+
+    def config_of(folder: Path) -> dict[str, Any]:
+        try:
+            found = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        except Exception as error:  # whatever transformers raises, the file is the cause
+            raise ModelError(f"{folder / 'config.json'}: transformers cannot read it ({str(error)[:200]}).") from error
+        return {k: v for k, v in found.to_dict().items() if k not in NEUTRAL}
+
+    base, problems = config_of(folders[BASE]), []
+    for label, folder in folders.items():
+        other = config_of(folder)
+        problems += [f"{label}: {key} is {other.get(key)!r}, the base's is {base.get(key)!r}"
+                     for key in sorted(base.keys() | other.keys()) if base.get(key) != other.get(key)]
+    if problems:
+        raise ShapeMismatch.of("config.json: these models do not compute the same function of their weights, so nothing lies "
+                               "between them. Give models trained from this base:", problems[:12])
+
+
+def check_finite(live: Live) -> None:
+    """Raises ModelError naming every model that holds NaN or infinity: no verdict on it would mean anything."""
+    problems = []
+    for label, weights in live.weights.items():
+        bad = [name for name in live.parameters if not torch.isfinite(weights.read(name)).all()]
+        if bad:
+            problems.append(f"{label} ({weights.folder}): {len(bad)} parameters, '{bad[0]}' the first")
+    if problems:
+        raise ModelError.of("models with NaN or infinity in their weights; make or fetch them again:", problems)
 
 
 def check_probes(probes: Mapping[str, Probe], model: Any) -> None:

@@ -16,6 +16,7 @@ from anabranch.artifacts import (
     Comparison,
     Conflict,
     Evaluation,
+    Gradients,
     MergeManifest,
     Mixture,
     Operators,
@@ -27,7 +28,7 @@ from anabranch.artifacts import (
 from anabranch.diagnose.artifacts import KINDS, Diagnostic
 from anabranch.errors import CorruptedError, OutputError
 
-A = TypeVar("A", Conflict, Plan, MergeManifest, Comparison, Pilot, Operators)
+A = TypeVar("A", Gradients, Conflict, Plan, MergeManifest, Comparison, Pilot, Operators)
 PLACE_WORDS = {"held_out": "held-out rows", "transfer": "transfer", "retention": "retention"}
 PLACE_MEANING = {
     "held_out": "rows of the mixture's own units that no stage trained or calibrated on: was the mixture learned?",
@@ -42,7 +43,7 @@ class Contents:
     """The artifacts of one folder. What is None or empty has not been made yet.
 
     T units, R axes: `tensors` has cosine, corrected, gram [T, T] and scores [T, R], rows in `conflict.units` order.
-    `diagnostics`: by kind; `outdated`: what is there and was made of another mixture, plan or merged model than the folder
+    `diagnostics`: by kind; `outdated`: what is there and was made of another mixture, plan, model or .. than the folder
     now holds, and is not shown: kinds of diagnostics, `pilot`, `merge_methods`.
     """
 
@@ -101,8 +102,9 @@ def read_contents(run: Path) -> Contents:
     manifests = sorted((run / "branches").glob("*/branch.json")) if (run / "branches").is_dir() else []
     branches = [BranchManifest.load(path) for path in manifests]
     merge = _maybe(MergeManifest, run / "merged" / "manifest.json")
-    diagnostics, outdated = _diagnostics(run / "diagnostics", merge)
     mixture, plan = Mixture.load(run / "mixture" / "mixture.json"), _maybe(Plan, run / "plan.json")
+    here = _hashes(mixture, _maybe(Gradients, run / "gradients" / "gradients.json"), conflict, plan, branches, merge)
+    diagnostics, outdated = _diagnostics(run / "diagnostics", here)
     pilot, operators = _maybe(Pilot, run / "pilot.json"), _maybe(Operators, run / "merge_methods.json")
     if pilot is not None and pilot.made_from.get("mixture", mixture.hash) != mixture.hash:
         pilot, outdated = None, [*outdated, "pilot"]
@@ -126,11 +128,23 @@ def read_contents(run: Path) -> Contents:
     )
 
 
-def _diagnostics(folder: Path, merge: MergeManifest | None) -> tuple[dict[str, Diagnostic], list[str]]:
-    """What is there by kind, without what was made of another merged model; and the kinds of that."""
+def _hashes(mixture: Mixture, gradients: Gradients | None, conflict: Conflict | None, plan: Plan | None,
+            branches: list[BranchManifest], merge: MergeManifest | None) -> dict[str, str]:
+    """What the folder now holds, by the names that diagnostics give it in `made_from`."""
+    found = {f"branch-{b.branch}": digest(b.files) for b in branches}
+    found |= {name: artifact.hash for name, artifact in (("gradients", gradients), ("conflict", conflict), ("plan", plan))
+              if artifact is not None}
+    found |= {"base": mixture.made_from["base"]} if "base" in mixture.made_from else {}
+    return found | ({"merged": merge.model_hash} if merge else {})
+
+
+def _diagnostics(folder: Path, here: dict[str, str]) -> tuple[dict[str, Diagnostic], list[str]]:
+    """What is there by kind, without what was made of something else than is `here`; and the kinds of that.
+
+    What only one side has cannot be compared, and is no reason to leave a diagnostic out.
+    """
     found = {kind: cls.load(folder / f"{kind}.json") for kind, cls in KINDS.items() if (folder / f"{kind}.json").is_file()}
-    here = merge.model_hash if merge else None
-    old = [kind for kind, d in found.items() if here is not None and d.made_from.get("merged", here) != here]
+    old = [kind for kind, d in found.items() if any(d.made_from.get(name, known) != known for name, known in here.items())]
     return {kind: d for kind, d in found.items() if kind not in old}, old
 
 

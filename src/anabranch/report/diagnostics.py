@@ -24,6 +24,7 @@ from anabranch.diagnose.artifacts import (
     Segment,
     Verdict,
 )
+from anabranch.diagnose.perturbation import paired_difference
 from anabranch.report.contents import Contents
 from anabranch.report.tables import NONE, Table, number
 from anabranch.scores import TIE
@@ -53,8 +54,11 @@ MEANINGS = {
     "calibration": "How many rows a unit's mean gradient needs: its cosine with the gradient over all its calibration rows, "
                    "and how well two separate halves agree (1: fully).",
     "map": "Units by their gradients, branches and the merged model by where they moved. Near: alike. In t-SNE only "
-           "neighbourhoods mean something, not distances or sizes. The tree joins the most alike units first.",
+           "neighbourhoods mean something, not distances or sizes. The tree joins the most alike units first. The mark \"no "
+           "direction in common\" is where a direction lies that has cosine 0 with every unit: a model of small cosines lies "
+           "near it whatever it learned, so which units it went with is told by its cosines, not by its place on either map.",
 }
+# Cosine of the n-example gradient with the 1000-example one, Qwen2.5-VL-3B on Vision-FLAN (arXiv:2606.01717).
 PAPER_CALIBRATION = {50: 0.683, 100: 0.762, 150: 0.814, 200: 0.847, 300: 0.891, 400: 0.920, 500: 0.940, 700: 0.968}
 
 
@@ -122,19 +126,27 @@ def main_rows(diagnostic: LinearModeConnectivity) -> str:
     return "mixture" if "mixture" in rows or not rows else rows[0]
 
 
+def is_barrier(segment: Segment) -> bool:
+    """Higher than a tie, and beyond chance: what the verdict counts, on the mixture's rows alone."""
+    return segment.barrier > TIE and segment.low > 0
+
+
 def _lmc_finding(d: LinearModeConnectivity) -> str:
+    """As the verdict is: rows of single groups are not judged, so they are not in the title."""
     if not d.segments:
         return "No segment was measured"
-    top = max(d.segments, key=lambda s: s.barrier)
-    where = f"{top.start} – {top.end}, {rows_name(top.rows)}"
-    certain = sum(s.low > 0 for s in d.segments)
+    rows = main_rows(d)
+    judged = [s for s in d.segments if s.rows == rows]
+    found = [s for s in judged if is_barrier(s)] if rows == "mixture" else []
+    top = max(found or judged, key=lambda s: s.barrier)
+    where = f"{top.start} – {top.end}, {rows_name(rows)}"
     if d.verdict == "bad":
-        return (f"A barrier: {certain} of {len(d.segments)} segments rise above the line between their ends; most, by "
+        return (f"A barrier: {max(1, len(found))} of {len(judged)} segments rise above the line between their ends; most, by "
                 f"{top.barrier:.3f} nats per token: {where}")
-    if top.barrier < 5e-4:
-        return f"No barrier on any of {len(d.segments)} segments: none rises above the line between its ends"
-    judged = "No barrier to speak of" if d.verdict == "good" else "Barriers not judged"
-    return f"{judged}: of {len(d.segments)} segments the highest rise is {top.barrier:.3f} nats per token ({where})"
+    if d.verdict == "good" and top.barrier < 5e-4:
+        return f"No barrier on any of {len(judged)} segments: none rises above the line between its ends"
+    words = "No barrier" if d.verdict == "good" else "Barriers not judged"
+    return f"{words}: of {len(judged)} segments the highest rise is {top.barrier:.3f} nats per token ({where})"
 
 
 def rows_name(rows: str) -> str:
@@ -252,15 +264,27 @@ def _generalization_tables(d: Generalization) -> list[Table]:
 NOISES = {"isotropic": "isotropic noise", "filter": "filter-normalised noise"}
 
 
-def flatter(curves: Sequence[PerturbationCurve]) -> str:
-    """`merged`, `joint`, or nothing: which of the two has the smaller area, beyond twice the error of the difference."""
+def flatter(first: PerturbationCurve, second: PerturbationCurve) -> str | None:
+    """The model with the smaller area, beyond chance over the draws; `""`: neither; None: one draw, which cannot tell."""
+    if (gap := paired_difference(first.increases, second.increases, first.sigmas)) is None:
+        return None
+    _, low, high = gap
+    return first.model if high < 0 else second.model if low > 0 else ""
+
+
+def _flattest(curves: Sequence[PerturbationCurve]) -> str:
+    """In words: merged against joint where both are there, else the lowest curve against every other."""
     by = {c.model: c for c in curves}
-    if "merged" not in by or "joint" not in by:
-        return ""
-    gap = by["joint"].area - by["merged"].area
-    if abs(gap) <= 2 * float(np.hypot(by["joint"].area_error, by["merged"].area_error)):
-        return ""
-    return "merged" if gap > 0 else "joint"
+    if "merged" in by and "joint" in by:
+        who = flatter(by["merged"], by["joint"])
+        words = {"merged": "the merged model is flatter than joint", "joint": "joint is flatter than the merged model",
+                 "": "no clear difference between merged and joint"}
+        return "one draw does not tell merged from joint" if who is None else words[who]
+    first, *others = sorted(curves, key=lambda c: c.area)
+    told = {flatter(first, other) for other in others}
+    if None in told:
+        return "one draw does not tell the models apart"
+    return f"{first.model} is flattest" if told == {first.model} else "no model is clearly flatter than all others"
 
 
 def _perturbation_finding(d: Perturbation) -> str:
@@ -269,14 +293,8 @@ def _perturbation_finding(d: Perturbation) -> str:
     told: dict[str, str] = {}
     for noise, words in NOISES.items():
         curves = [c for c in d.curves if c.noise == noise]
-        if not curves:
-            continue
-        if {"merged", "joint"} <= {c.model for c in curves}:
-            who = {"merged": "the merged model is flatter than joint", "joint": "joint is flatter than the merged model",
-                   "": "no clear difference between merged and joint"}[flatter(curves)]
-        else:
-            who = f"{min(curves, key=lambda c: c.area).model} is flattest"
-        told[words] = who
+        if curves:
+            told[words] = _flattest(curves)
     if len(told) > 1 and len(set(told.values())) == 1:
         told = {"both kinds of noise": next(iter(told.values()))}
     joined = "; ".join(f"under {words} {who}" for words, who in told.items())

@@ -32,6 +32,7 @@ from anabranch.report.labels import place_labels
 
 NAME = 26  # letters of a unit's name below a picture
 NAMED_UNITS = 36  # more units than this stand below the calibration plot without names
+NO_DIRECTION = "no direction in common"
 EVEN = {"*": 1.5, "P": 1.15, "X": 1.15, "D": 0.88}  # marks of one size look unequally large
 
 # ---- curvature -------------------------------------------------------------------------------------------------------
@@ -244,6 +245,9 @@ def _map_keys(d: GradientMap, theme: Theme = LIGHT) -> list[tuple[Line2D, str]]:
                                markeredgewidth=1.6), "branch (ring)"))
     if any(p.role == "merged" for p in d.points):
         entries.append((_merged_key(theme), "merged"))
+    if d.no_direction is not None:
+        entries.append((Line2D([], [], linestyle="", marker="+", markersize=12, markeredgewidth=2.2, color=theme.ink),
+                        NO_DIRECTION))
     return entries
 
 
@@ -262,6 +266,9 @@ def draw_map(sheet: Sheet, d: GradientMap) -> None:
     both = any(p.tsne is not None for p in d.points)
     wide = 330.0 if both else 480.0
     axes = sheet.axes(62, 34, wide, 320, "Principal components")
+    if d.no_direction is not None:
+        (mark,) = axes.plot(*d.no_direction, "+", color=sheet.theme.ink, markersize=12, markeredgewidth=2.2, zorder=6)
+        tip(mark, f"{NO_DIRECTION}: cosine 0 with every unit")
     _scatter(axes, sheet.theme, [(p, p.pca) for p in d.points])
     axes.set_xlabel(f"axis 1{share[0]}")
     axes.set_ylabel(f"axis 2{share[1]}")
@@ -270,7 +277,9 @@ def draw_map(sheet: Sheet, d: GradientMap) -> None:
         _scatter(right, sheet.theme, [(p, p.tsne) for p in d.points if p.tsne is not None])
         right.set_xticks([])
         right.set_yticks([])
-        right.set_xlabel("arbitrary scale")
+        models = any(p.role != "unit" for p in d.points)
+        right.set_xlabel("arbitrary scale" + ("; the place of a model whose\ncosines with the units are small says little"
+                                              if models else ""))
         for spine in right.spines.values():
             spine.set_visible(True)
     entries = _map_keys(d, sheet.theme)

@@ -37,9 +37,10 @@ from anabranch.report.canvas import (
     whiskers,
 )
 from anabranch.report.contents import shorten
-from anabranch.report.diagnostics import NOISES, fitted_name, lowest, main_rows, rows_name, segment_kind
+from anabranch.report.diagnostics import NOISES, fitted_name, is_barrier, lowest, main_rows, rows_name, segment_kind
 from anabranch.report.figures import dress, tip
 from anabranch.report.labels import place_labels
+from anabranch.scores import TIE
 
 LOSS = "loss, nats per response token"
 NAMED_LINES = 6  # more segments in one panel are drawn faint, the highest barrier alone in colour
@@ -157,8 +158,8 @@ def _draw_barriers(sheet: Sheet, d: LinearModeConnectivity, top: float) -> None:
     shown = [s for s in d.segments if (s.start, s.end) in place and s.rows in columns]
     low, high = min(0.0, *(s.low for s in shown)), max(LEAST_RANGE, *(max(s.high, s.barrier) for s in shown))
     pad = 0.07 * (high - low)
-    sheet.words(labels, top - 44, "Barriers: largest rise above the line between both ends, with 95 % intervals over blocks of rows",
-                WIDTH - labels, 10.5, sheet.theme.ink)
+    sheet.words(labels, top - 44, "Barriers: largest rise above the line between both ends, with 95 % intervals over blocks of "
+                "rows", WIDTH - labels, 10.5, sheet.theme.ink)
     left = labels
     for i, rows in enumerate(columns):
         width = unit * (first if i == 0 else 1.0)
@@ -171,8 +172,8 @@ def _draw_barriers(sheet: Sheet, d: LinearModeConnectivity, top: float) -> None:
         axes.set_yticks(range(len(pairs)), [shorten(f"{a} – {b}", 38) for a, b in reversed(pairs)] if i == 0 else [])
         axes.tick_params(axis="y", length=0, labelcolor=sheet.theme.ink, labelsize=9)
         left += width + 10
-    sheet.words(labels, top + BARRIER_ROW * len(pairs) + 34, "barrier, nats per response token    ● interval reaches 0 or below"
-                "    ✖ interval wholly above 0", WIDTH - labels)
+    sheet.words(labels, top + BARRIER_ROW * len(pairs) + 34, "barrier, nats per response token    ● none to speak of"
+                f"    ✖ above {TIE:g}, and its interval above 0", WIDTH - labels)
     if cut:
         sheet.words(labels, top + BARRIER_ROW * len(pairs) + 54, "Only the highest are drawn; the table has all.",
                     WIDTH - labels)
@@ -182,7 +183,7 @@ def _barrier_dots(axes: Axes, sheet: Sheet, segments: Sequence[Segment], place: 
     theme = sheet.theme
     axes.axvline(0, color=theme.soft, linewidth=0.9)
     for s in segments:
-        y, above = place[s.start, s.end], s.low > 0
+        y, above = place[s.start, s.end], is_barrier(s)
         colour = theme.bad if above else theme.groups[0]
         whiskers(axes, s.barrier, y, min(s.low, s.barrier), max(s.high, s.barrier), colour, upright=False, width=1.2)
         (mark,) = axes.plot(s.barrier, y, "X" if above else "o", color=colour, markersize=6.5 if above else 4.5)

@@ -11,7 +11,7 @@ import numpy as np
 from anabranch.artifacts import ArmRun, ArmSummary, Comparison, Exclusion, OperatorResult, Operators, Unit
 from anabranch.report.contents import PLACE_WORDS, Contents
 from anabranch.report.verdict import difference, signed
-from anabranch.scores import PLACES, macro_loss, mean_answer, token_loss
+from anabranch.scores import PLACES, Place, macro_loss, mean_answer, token_loss
 
 RULES = {
     "empty_response": "empty response", "empty_prompt": "empty prompt", "over_long": "longer than max_length",
@@ -229,16 +229,16 @@ def place_table(comparison: Comparison, place: str) -> Table:
     return Table(PLACE_WORDS[place].capitalize(), headers, [row(s) for s in comparison.summary if s.place == place])
 
 
-def operators_table(operators: Operators, place: str) -> Table:
+def operators_table(operators: Operators, place: Place) -> Table:
     """Other merge methods on the same branches at one place, lowest loss first; base and branches beside them."""
 
     def row(r: OperatorResult) -> list[str]:
-        p = r.places[place]  # type: ignore[index]
+        p = r.places[place]
         return [r.name, number(p.loss), NONE if p.difference is None else signed(p.difference), _interval(p.low, p.high),
                 NONE if p.difference is None else f"{p.wins} / {p.ties} / {p.losses}", number(p.token_loss),
                 number(r.displacement, 2), number(p.exact_match), number(p.f1)]
 
-    there = sorted((r for r in operators.results if place in r.places), key=lambda r: r.places[place].loss)  # type: ignore[index]
+    there = sorted((r for r in operators.results if place in r.places), key=lambda r: r.places[place].loss)
     return Table(PLACE_WORDS[place].capitalize(),
                  ["method", "loss", "against token_weighted", "95 % interval", "won / tied / lost", "token-weighted",
                   "distance from base", "exact match", "F1"], [row(r) for r in there])
@@ -248,8 +248,8 @@ def not_done(contents: Contents) -> list[str]:
     """One line per stage that has left nothing, or not all, yet. A comparison folder trains its arms elsewhere."""
     lines = []
     if contents.outdated:
-        lines.append(f"Left out, as made of another mixture, plan or merged model than this folder now holds: "
-                     f"{', '.join(contents.outdated)}. The same command makes them anew.")
+        lines.append("Left out, as made of another mixture, gradients, conflict, plan, base, branch or merged model "
+                     f"than this folder now holds: {', '.join(contents.outdated)}. The same command makes them anew.")
     if contents.comparison is not None and contents.plan is None:
         return lines if contents.conflict else [*lines, "Conflict: not measured yet."]
     if contents.conflict is None:
