@@ -46,10 +46,10 @@ def main() -> None:
             err.print("stopped; finished work is kept. The same command goes on from here.")
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise  # the others are not the user's to mend
-        err.print(f"OutputError: {error.strerror}: {error.filename or 'while writing'}. Free space or mend the permissions, "
-                  "then run the same command again: finished work is kept.", style="red", markup=False)
+        err.print(f"OutputError: {error.strerror}: {error.filename or 'while writing'}. Free space, mend the permissions or "
+                  "give another place, then run the same command again: finished work is kept.", style="red", markup=False)
         sys.exit(2)
 
 
@@ -228,7 +228,7 @@ def compare(
     from anabranch.compare import DEFAULT, parse_arms, run_comparison
     from anabranch.report import comparison_markdown, write_report
 
-    arms = parse_arms(methods or DEFAULT)
+    arms = parse_arms(DEFAULT if methods is None else methods)
     opened = open_run(loaded, tell=_tell, progress=_progress())
     comparison = run_comparison(opened, arms, range(3 if seeds is None else seeds))
     print(comparison_markdown(comparison))

@@ -27,7 +27,7 @@ def pilot(
     from anabranch.pilot_words import pilot_lines
     from anabranch.run import open_run
 
-    arms = parse_pilot_arms(methods or default_arms(loaded))
+    arms = parse_pilot_arms(default_arms(loaded) if methods is None else methods)
     shares_up_to(share)
     if dry_run:
         for line in dry_pilot(loaded, arms, seeds, share, _progress()):

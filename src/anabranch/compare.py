@@ -86,6 +86,8 @@ def parse_arms(text: str) -> list[Arm]:
     """'joint,merit:2' -> arms. Raises RecipeError naming every problem."""
     arms, problems = [], []
     labels = [part.strip() for part in text.split(",") if part.strip()]
+    if not labels:
+        problems.append("wanted arms, as in joint,random:4,merit:2")
     for label in labels:
         name, _, rest = label.partition(":")
         if name not in NAMES:
@@ -334,6 +336,8 @@ def verdict(summary: list[ArmSummary], runs: list[ArmRun], seeds: Sequence[int])
     places = [p for p in PLACES if any(s.place == p for s in summary)]
     labels = list(dict.fromkeys(s.arm for s in summary))
     merged = [a for a in labels if a.split(":")[0] in ("merit", *SPLITS)]
+    if len(set(labels) - {"base"}) < 2:
+        return [f"Only {labels[-1]} was run: there is no other arm to compare it with. Give more with --methods."]
     lines = []
     for place in places:
         lines.append(_best_line(table, place, labels, merged))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from anabranch.artifacts import Interval, Pilot, PilotAdvice, PilotDrift
 from anabranch.outlook import Outlook
 from anabranch.pilot_budget import LARGEST_SHARE
-from anabranch.scores import PLACES
+from anabranch.scores import PLACES, TIE
 
 QUESTIONS = ("1. How far will the branches drift apart? (from the gradients; not which arm is better)",
              "2. Which arm gives the better model? (from the pilot's own training; forecast for the full budget)")
@@ -26,6 +26,8 @@ def drift_lines(drift: list[PilotDrift], norm_cv: Interval | None) -> list[str]:
 def sentences(view: Outlook, advice: PilotAdvice, share: float, seeds: int) -> list[str]:
     """The recommendation, what is not known and what would settle it, the best arm of each place, and what is not shown."""
     lines = [_recommendation(advice)]
+    if advice.arm != advice.lowest:
+        lines.append(f"{advice.lowest} has the lowest forecast, by less than {TIE} nats: a tie, and the simpler arm is taken.")
     if not advice.known:
         twice = min(2 * share, LARGEST_SHARE)
         lines.append(f"Not known from this pilot: the arms {', '.join(advice.tied)} cannot be told apart. What would settle "

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +22,7 @@ from anabranch.diagnose.run import (
     subject_of_run,
 )
 from anabranch.diagnose.subject import Settings, Subject, make_probe
+from anabranch.engine.merging import merge_checkpoints
 from anabranch.errors import AnabranchError, RecipeError
 from anabranch.rows import Rows
 from anabranch.run import reopen_run
@@ -213,6 +213,7 @@ def foreign(tmp_path_factory, tiny_base) -> Path:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
     save_file(tensors, untied / "model.safetensors", {"format": "pt"})
     write_rows(folder / "held_out.jsonl", task_rows("copy", 12) + task_rows("last", 12))
+    write_rows(folder / "many.jsonl", task_rows("copy", 70))
     return folder
 
 
@@ -233,7 +234,7 @@ def test_checkpoints_from_anywhere(foreign, tiny_base, tmp_path):
 
 def test_a_wrecked_merge_is_a_bad_verdict_and_exit_code_1(foreign, tiny_base, tmp_path):
     done = anabranch("diagnose", "--base", tiny_base, "--branch", foreign / "x", "--branch", foreign / "y", "--merged",
-                     foreign / "wreck", "--data", foreign / "held_out.jsonl", "--only", "generalization,displacement",
+                     foreign / "wreck", "--data", foreign / "many.jsonl", "--only", "generalization,displacement",
                      "-o", tmp_path / "d", check=False)
     assert done.returncode == 1 and "Bad: generalization." in done.stdout
     assert "is not that weighted mean" in done.stdout
@@ -276,11 +277,7 @@ def test_names_are_put_in_order_and_unknown_ones_told_together():
 
 def test_weights_come_from_the_merged_models_manifest_where_it_names_these_branches(foreign, tiny_base, tmp_path):
     z = shutil.copytree(foreign / "merged", tmp_path / "z")
-    config = {"dialect": "native", "merge_method": "linear", "models": [
-        {"model": str(foreign / "x"), "parameters": {"weight": 3}}, {"model": str(z), "parameters": {"weight": 1}}]}
-    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(config))
-    anabranch("merge", tmp_path / "merge.yaml", tmp_path / "m")
-    assert json.loads((tmp_path / "m" / "manifest.json").read_text())["weights"]
+    merge_checkpoints("token_weighted", tiny_base, [foreign / "x", z], [3.0, 1.0], tmp_path / "m")
 
     def weights(*branches: Path) -> list[float]:
         return subject_of_models(str(tiny_base), [str(b) for b in branches], str(tmp_path / "m"), None,

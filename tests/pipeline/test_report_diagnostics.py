@@ -368,7 +368,8 @@ def segment(rows: str, barrier: float, low: float) -> Segment:
 
 
 @pytest.mark.parametrize(("segments", "blocks", "title"), [
-    ([segment("mixture", 0.04, -0.02), segment("group-0", 0.4, 0.3)], 32, "No barrier: of 1 segments the highest rise is 0.040"),
+    ([segment("mixture", 0.04, -0.02), segment("group-0", 0.4, 0.3)], 32,
+     "No barrier: of 1 segments the highest rise is 0.040"),
     ([segment("mixture", TIE / 2, TIE / 4), segment("mixture", 0.4, -0.1)], 32, "No barrier: of 2 segments"),
     ([segment("mixture", 0.9, -0.1), segment("mixture", 0.2, 0.1), segment("group-0", 2.0, 1.9)], 32,
      "A barrier: 1 of 2 segments rise above the line between their ends; most, by 0.200"),

@@ -209,7 +209,7 @@ def test_a_row_of_fused_experts_is_one_neuron_s_and_not_a_whole_expert(shape):
 def test_a_paired_difference_by_hand():
     """Areas of the two draws 2 and 6 against 1 and 2: differences 1 and 4, mean 2.5, error 1.5, t with one degree 12.706."""
     found = paired_difference([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]], [[0.5, 0.5, 0.5], [1.0, 1.0, 1.0]], [0.0, 1.0, 2.0])
-    assert found == (pytest.approx(2.5), pytest.approx(2.5 - 12.7062 * 1.5, rel=1e-5), pytest.approx(2.5 + 12.7062 * 1.5, rel=1e-5))
+    assert found == pytest.approx((2.5, 2.5 - 12.7062 * 1.5, 2.5 + 12.7062 * 1.5), rel=1e-5)
 
 
 def test_pairing_finds_what_lies_under_the_draws_common_noise_and_keeps_its_promise_for_few_draws():

@@ -23,7 +23,7 @@ from anabranch.diagnose.artifacts import (
 )
 from anabranch.diagnose.connectivity import barrier, curve, mean_interval, paired_gap
 from anabranch.diagnose.displacement import Moments
-from anabranch.diagnose.perturbation import Noise, area, noise_for
+from anabranch.diagnose.perturbation import Noise, area, noise_for, paired_difference
 from anabranch.diagnose.subject import BASE, JOINT, MERGED, MIXTURE, TRAINING, NotApplicable, Probe, Settings, Subject
 from anabranch.diagnose.surface import Plane
 from anabranch.scores import TIE
@@ -281,12 +281,15 @@ def measure_generalization(subject: Subject, settings: Settings) -> Generalizati
             model=label, epochs=subject.epochs.get(label), training=training[0], training_low=training[1],
             training_high=training[2], held_out=float(held[:, 0].sum() / held[:, 1].sum()), held_out_low=low,
             held_out_high=high, versus_base=gap[0], versus_base_low=gap[1], versus_base_high=gap[2]))
-    verdict, said = judge_generalization(models)
+    probe = subject.probes[MIXTURE]
+    verdict, said = judge_generalization(models, probe.block_count)
+    said.append(f"Means over the response tokens of {probe.rows} held-out rows; `anabranch run` evaluates more rows, and takes "
+                "the mean over units, so that a unit of long answers counts no more than another.")
     return Generalization(settings={"seed": settings.seed, "rows": settings.rows, "batch_rows": settings.batch_rows},
                           verdict=verdict, said=said, models=models)
 
 
-def judge_generalization(models: list[FittedModel]) -> tuple[Verdict, list[str]]:
+def judge_generalization(models: list[FittedModel], blocks: int) -> tuple[Verdict, list[str]]:
     """Bad: the merged model is worse than the base on held-out rows of its own mixture, by more than TIE and beyond chance."""
     by = {m.model: m for m in models}
     said = ["Held-out loss: " + ", ".join(f"{m.model} {m.held_out:.3f}" for m in models) + " nats."]
@@ -301,6 +304,8 @@ def judge_generalization(models: list[FittedModel]) -> tuple[Verdict, list[str]]
                     f"{abs(held):.3f} {'below' if held < 0 else 'above'} it on held-out rows.")
     gap, low, high = merged.versus_base or 0.0, merged.versus_base_low or 0.0, merged.versus_base_high or 0.0
     told = f"merged minus base on held-out rows: {gap:+.3f} nats [{low:+.3f} to {high:+.3f}, paired]"
+    if blocks < BLOCKS_TO_JUDGE:
+        return "none", [*said, f"{blocks} blocks of rows are too few to tell that from chance ({told}): give more --rows."]
     if gap > TIE and low > 0:
         return "bad", [*said, f"The merged model is worse than the base on its own mixture: do not use it ({told})."]
     if high < 0:
@@ -365,15 +370,9 @@ def judge_perturbation(curves: list[PerturbationCurve]) -> tuple[Verdict, list[s
         line = f"{words}, area under the rise of the loss: " + ", ".join(
             f"{m} {c.area:.3g} ± {c.area_error:.1g}" for m, c in areas.items())
         merged, joint = areas.get(MERGED), areas.get(JOINT)
-        if merged and joint:
-            gaps = [a - b for a, b in zip(_areas(merged), _areas(joint), strict=True)]  # the same draws: paired
-            mean, error = float(np.mean(gaps)), float(np.std(gaps, ddof=1) / np.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
-            sure = abs(mean) > 2 * error
-            line += "; merged is " + (f"{'flatter' if mean < 0 else 'sharper'} than joint" if sure else "as flat as joint")
+        gap = paired_difference(merged.increases, joint.increases, merged.sigmas) if merged and joint else None
+        if gap is not None:
+            sure = not gap[1] <= 0 <= gap[2]
+            line += "; merged is " + (f"{'flatter' if gap[0] < 0 else 'sharper'} than joint" if sure else "as flat as joint")
         said.append(line + ".")
     return "none", said
-
-
-def _areas(found: PerturbationCurve) -> list[float]:
-    """Of each draw."""
-    return [area(np.array(found.sigmas), np.array([row])).mean for row in found.increases]

@@ -247,7 +247,8 @@ def _units_of(run: Run) -> _Units:
 
 
 def map_passes(subject: Subject, settings: Settings) -> float:
-    """None: gradients and models are there."""
+    """None: gradients and models are there. Raises NotApplicable without a run."""
+    _run_of(subject)
     return 0.0
 
 
@@ -268,9 +269,10 @@ def measure_map(subject: Subject, settings: Settings) -> GradientMap:
         # a task vector has no length that compares with a gradient's: it is given the units' root mean square
         length = np.sqrt(np.mean(np.diag(units.gram)))
         products = np.vstack([rows * units.lengths * length, np.zeros(len(groups))])
-        *further, nowhere = gradient_map.project_products(units.gram, units.scores, products)
+        placed = gradient_map.project_products(units.gram, units.scores, products)
+        further, nowhere = placed[:-1], placed[-1]
     else:
-        further = list(gradient_map.project_rows(units.similarity, units.scores, rows))
+        further = gradient_map.project_rows(units.similarity, units.scores, rows)
         nowhere = gradient_map.no_direction(units.similarity, units.scores)
     places = np.vstack([units.scores, further])
     together = np.block([[units.similarity, rows.T], [rows, mutual]])

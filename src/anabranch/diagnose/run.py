@@ -9,6 +9,7 @@ left is left out by name, with the time that it would take.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -65,7 +66,7 @@ from anabranch.engine.fetch import resolve
 from anabranch.engine.merging import verify_files
 from anabranch.errors import CorruptedError, OutputError, ProvenanceError, RecipeError, closest
 from anabranch.mixture import exclusion_lines, held_out_rows
-from anabranch.model import keep_buffers, load_tokenizer, select_trainable
+from anabranch.model import keep_buffers, load_tokenizer, resolve_model, select_trainable
 from anabranch.plan import load_plan
 from anabranch.recipe import EvaluateSection, MixtureSection, Recipe, Source
 from anabranch.recipe import Model as ModelSection
@@ -238,6 +239,7 @@ def subject_of_models(base: str, branches: Sequence[str], merged: str | None, jo
     wanted = {BASE: base, **{f"branch-{i}": b for i, b in enumerate(branches)}}
     wanted |= ({MERGED: merged} if merged else {}) | ({JOINT: joint} if joint else {})
     folders = {label: resolve(path) for label, path in wanted.items()}
+    resolve_model(ModelSection(path=str(folders[BASE])))  # the base must have a tokenizer
     live = live_model(folders, trainable=lambda model: [n for n, _ in model.named_parameters()])
     sources = [Source(path=str(Path(d).resolve()) if Path(d).exists() else d) for d in data]
     recipe = Recipe(model=ModelSection(path=str(folders[BASE])), mixture=MixtureSection(sources=sources, max_length=max_length),
@@ -253,6 +255,9 @@ def subject_of_models(base: str, branches: Sequence[str], merged: str | None, jo
         if len(labels) > 1:
             warn("branches weigh the same in the mean: the merged model's manifest.json does not name these branches' weights")
     hashes = {label: checkpoint_hash(folder) for label, folder in folders.items()}
+    for one, other in itertools.combinations(hashes, 2):
+        if hashes[one] == hashes[other]:
+            warn(f"{one} and {other} are the same model ({folders[one]}, {folders[other]})")
     return Subject(live, list(folders), labels, weights, _probes(rows, {}, {}, settings), hashes)
 
 

@@ -266,7 +266,7 @@ def live_model(folders: Mapping[str, Path], *, trainable: Callable[[Any], Sequen
         except (ModelError, ShapeMismatch) as error:
             problems.append(f"{label}: {error}")
     if problems:
-        raise ShapeMismatch.of("these models cannot be compared:", problems)
+        raise ModelError.of("these models cannot be compared:", problems)
     return Live(model, weights, tuple(trainable(model)))
 
 

@@ -43,8 +43,8 @@ class Contents:
     """The artifacts of one folder. What is None or empty has not been made yet.
 
     T units, R axes: `tensors` has cosine, corrected, gram [T, T] and scores [T, R], rows in `conflict.units` order.
-    `diagnostics`: by kind; `outdated`: what is there and was made of another mixture, plan, model or .. than the folder
-    now holds, and is not shown: kinds of diagnostics, `pilot`, `merge_methods`.
+    `diagnostics`: by kind; `outdated`: what is there and was made of another mixture, measured conflict, plan or model
+    than the folder now holds, and is not shown: kinds of diagnostics, `pilot`, `merge_methods`.
     """
 
     name: str

@@ -156,7 +156,7 @@ def rows_name(rows: str) -> str:
 def _lmc_tables(d: LinearModeConnectivity) -> list[Table]:
     rows = sorted(d.segments, key=lambda s: -s.barrier)
     return [Table("Barriers, highest first (nats per response token)",
-                  ["from", "to", "rows", "barrier", "95 % interval", "at", "loss at the ends"],
+                  ["from", "to", "rows", "barrier", "interval, 95 % for all segments at once", "at", "loss at the ends"],
                   [[s.start, s.end, rows_name(s.rows), number(s.barrier, 4), span(s.low, s.high), f"{s.at:.2f}",
                     f"{number(s.losses[0])} and {number(s.losses[-1])}" if s.losses else NONE] for s in rows], 3)]
 
