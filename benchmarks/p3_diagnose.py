@@ -17,15 +17,19 @@ from typing import Any
 
 from anabranch.compare import parse_arms, run_comparison
 from anabranch.diagnose.artifacts import KINDS
+from anabranch.diagnose.feed_gradients import measure_calibration
 from anabranch.diagnose.run import DIAGNOSTICS, run_diagnostics, subject_of_run
-from anabranch.diagnose.subject import Settings
+from anabranch.diagnose.subject import Settings, Subject, live_model
+from anabranch.model import select_trainable
 from anabranch.recipe import load_recipe
-from anabranch.run import Run, open_run, run_stages
+from anabranch.report.diagnostic_figures import draw_picture
+from anabranch.run import Run, mixture_stage, open_run, run_stages
 from machine import RESULTS, machine
 from p3 import short_units, write_recipe
 
 EPOCHS = (0.5, 1.0, 3.0)
 BY_EPOCH = ["displacement", "generalization"]
+SIZES = (10, 25, 50, 75, 100, 150)
 # arXiv 2606.01717, Qwen2.5-VL-3B, K = 4; see docs/story.md for what each means.
 PAPER = {
     "barriers": "all 10 are 0.0",
@@ -59,9 +63,29 @@ def main() -> None:
         if epochs == EPOCHS[-1]:
             figures["diagnostics"] = found
         figures["by_epoch"][f"{epochs:g}"] = {n: found[n] for n in BY_EPOCH if n in found}
+        if epochs == EPOCHS[-1] and "calibration" in names:
+            figures["diagnostics"]["calibration"] = _calibrated(output, args, sources, transfer)
         figures["seconds_of_this_call"] = round(time.monotonic() - begun)
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "p3_diagnose.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _calibrated(output: Path, args: argparse.Namespace, sources: list[dict], transfer: list[dict]) -> dict[str, Any]:
+    """On all short rows of the same units: the runs above train on 24 a unit, too few to ask how many are needed."""
+    folder = output / "calibration"
+    write_recipe(folder / "recipe.yaml", args.data.resolve(), args.model.resolve(), folder / "run",
+                 mixture={"sources": sources, "max_samples": 400, "max_held_out": 8, "max_length": 256},
+                 evaluate={"transfer": transfer})
+    run = open_run(load_recipe(folder / "recipe.yaml"))
+    mixture_stage(run)
+    live = live_model({"base": run.base}, trainable=lambda model: list(select_trainable(model, run.recipe.model)))
+    subject = Subject(live, ["base"], [], [], {}, {"base": run.base_hash}, run)
+    begun = time.monotonic()
+    found = measure_calibration(subject, Settings(sizes=SIZES))
+    draw_picture(found, folder / "calibration.png")
+    for line in found.said:
+        print(f"  {line}")
+    return {**found.model_dump(mode="json"), "passes": live.passes, "seconds": round(time.monotonic() - begun, 1)}
 
 
 def _trained(output: Path, args: argparse.Namespace, sources: list[dict], transfer: list[dict], epochs: float) -> Run:

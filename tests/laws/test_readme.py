@@ -68,6 +68,16 @@ def test_figures_of_the_comparison_are_those_of_its_record():
         assert told[label] == [f"{losses[arm, place]:.3f}" for place in ("held_out", "transfer", "retention")]
 
 
+def test_figures_of_the_regimes_are_those_of_their_record():
+    record = json.loads((ROOT / "benchmarks" / "results" / "p3_regimes.json").read_text())
+    means = {(f"{s['learning_rate']:g}, {s['epochs']:g}", s["place"].replace("_", "-"), s["part"]): s["mean"]
+             for s in record["shares"]}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("| 0.000")]
+    assert len(rows) == len({key[:2] for key in means})
+    for cell, place, *told in rows:
+        assert told == [f"{means[cell, place, part]:+.3f}" for part in ("merit:2 - joint", "near", "merging", "split")]
+
+
 # ------------------------------------------------------------------------------------------------------------- merging
 
 

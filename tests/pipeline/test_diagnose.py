@@ -277,7 +277,7 @@ def test_names_are_put_in_order_and_unknown_ones_told_together():
 
 def test_weights_come_from_the_merged_models_manifest_where_it_names_these_branches(foreign, tiny_base, tmp_path):
     z = shutil.copytree(foreign / "merged", tmp_path / "z")
-    merge_checkpoints("token_weighted", tiny_base, [foreign / "x", z], [3.0, 1.0], tmp_path / "m")
+    merge_checkpoints("token_weighted", tiny_base, [foreign / "x", z], [0.75, 0.25], tmp_path / "m", made_from={})
 
     def weights(*branches: Path) -> list[float]:
         return subject_of_models(str(tiny_base), [str(b) for b in branches], str(tmp_path / "m"), None,

@@ -158,7 +158,7 @@ def _draw_barriers(sheet: Sheet, d: LinearModeConnectivity, top: float) -> None:
     shown = [s for s in d.segments if (s.start, s.end) in place and s.rows in columns]
     low, high = min(0.0, *(s.low for s in shown)), max(LEAST_RANGE, *(max(s.high, s.barrier) for s in shown))
     pad = 0.07 * (high - low)
-    sheet.words(labels, top - 44, "Barriers: largest rise above the line between both ends; intervals over blocks of rows, 95 % "
+    sheet.words(labels, top - 44, "Barriers: largest rise above the line between both ends; intervals over blocks, 95 % "
                 "for all segments at once", WIDTH - labels, 10.5, sheet.theme.ink)
     left = labels
     for i, rows in enumerate(columns):
