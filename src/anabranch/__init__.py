@@ -15,6 +15,8 @@ _PUBLIC = {
     "train_branch": "branches", "merge_checkpoints": "engine.merging", "verify": "engine.merging",
     "evaluate_model": "evaluate",
     "harness_scores": "harness", "parse_arms": "compare", "run_comparison": "compare",
+    "compare_operators": "operators", "run_pilot": "pilot",
+    "subject_of_run": "diagnose.run", "subject_of_models": "diagnose.run", "run_diagnostics": "diagnose.run",
     "markdown_report": "report", "write_report": "report", "AnabranchError": "errors"}
 
 __all__ = sorted([*_PUBLIC, "merge"])
