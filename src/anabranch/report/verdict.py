@@ -100,8 +100,8 @@ def places(words: Sequence[str]) -> str:
 
 def verdict(contents: Contents) -> Verdict:
     """The comparison's answer if there is one, else what the run's own evaluations allow to say."""
-    if contents.comparison is not None and contents.comparison.summary:
-        return of_comparison(contents.comparison)
+    if contents.comparison is not None and len({s.arm for s in contents.comparison.summary} - {"base"}) > 1:
+        return of_comparison(contents.comparison)  # one arm alone is no comparison
     base, merged = contents.evaluations.get("base"), contents.evaluations.get("merged")
     joint = contents.evaluations.get("joint")
     if merged is None or base is None:
