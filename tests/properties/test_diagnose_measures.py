@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from anabranch.diagnose.connectivity import barrier, curve, mean_interval
+from anabranch.diagnose.connectivity import barrier, curve, mean_interval, paired_gap
 from anabranch.diagnose.displacement import Moments, kind_of, layer_of
 from anabranch.diagnose.perturbation import area, noise_for, paired_difference
 from anabranch.diagnose.surface import Plane
@@ -37,6 +37,16 @@ def test_the_barrier_is_above_the_line_between_unequal_ends():
     tokens = np.ones(2)
     found = barrier(np.array([0, 0.5, 1.0]), sums(np.array([0.0, 1.0, 1.0]), tokens), tokens, name="step")
     assert found.height == pytest.approx(0.5)
+    assert found.low == pytest.approx(0.5) and found.high == pytest.approx(0.5)
+
+
+def test_a_paired_gap_forgets_what_both_models_share():
+    rng = np.random.default_rng(3)
+    hard, tokens = rng.normal(3, 2, 30), np.full(30, 4.0)  # rows differ far more than models do
+    gap, low, high = paired_gap(4 * (hard + 0.1), 4 * hard, tokens, name="p")
+    assert (gap, low, high) == pytest.approx((0.1, 0.1, 0.1))
+    alone = mean_interval(4 * hard, tokens, name="p")
+    assert alone[1] - alone[0] > 0.5
 
 
 def test_the_interval_of_a_barrier_covers_the_truth_about_as_often_as_it_says():
