@@ -80,7 +80,7 @@ def _(x, x0, w, i, t):
 def _(x, x0, w, i, flatten=True, row_wise=False, with_base=True):
     v, t = x - x0 * with_base, w[1] / w.sum()
     axes = None if flatten else (0,) if row_wise else (v.ndim - 2,)
-    inner = lambda a, b: (a * b).sum(axes, keepdims=True)  # noqa: E731
+    inner = lambda a, b: (a * b).sum(axes, keepdims=True)  # noqa: E731 - a formula, as the paper writes it
     angle = np.arccos(inner(v[0], v[1]) / np.sqrt(inner(v[0], v[0]) * inner(v[1], v[1])))
     return (np.sin((1 - t) * angle) * v[0] + np.sin(t * angle) * v[1]) / np.sin(angle) + x0 * with_base
 

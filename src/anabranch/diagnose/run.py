@@ -329,8 +329,10 @@ def run_diagnostics(subject: Subject, out: Path, settings: Settings, *, only: li
     _writable(out)
     begun, outcomes = time.monotonic(), []
     names = only or list(DIAGNOSTICS)
-    there = {name: _known(out / f"{name}.json", name, _inputs(subject, settings, name)) for name in names}
-    costs = {cost.name: cost for cost in forecasts(subject, settings, [n for n in names if there[n] is None])}
+    inputs = {name: _inputs(subject, settings, name) for name in names}
+    there = {name: _known(out / f"{name}.json", name, inputs[name]) for name in names}
+    todo = [name for name in names if there[name] is None]
+    costs = {cost.name: cost for cost in forecasts(subject, settings, todo)} if todo else {}
     for name in names:
         path = out / f"{name}.json"
         if (known := there[name]) is not None:
@@ -346,7 +348,7 @@ def run_diagnostics(subject: Subject, out: Path, settings: Settings, *, only: li
             tell(f"{name}: left out: {why}")
             outcomes.append(Outcome(name, None, why))
             continue
-        outcomes.append(_measure(subject, settings, cost, _inputs(subject, settings, name), path, tell, progress))
+        outcomes.append(_measure(subject, settings, cost, inputs[name], path, tell, progress))
     return outcomes
 
 

@@ -231,13 +231,13 @@ def check_arguments(method: MergeMethod, arguments: Mapping[str, Argument], weig
 
 
 # Registers the methods of each family; they need the decorator above.
-from anabranch.merge import (  # noqa: E402
-    averaging,  # noqa: F401
-    importance,  # noqa: F401
-    random_drops,  # noqa: F401
-    spectral,  # noqa: F401
-    spherical,  # noqa: F401
-    task_vectors,  # noqa: F401
+from anabranch.merge import (  # noqa: E402 - they need the decorator
+    averaging,  # noqa: F401 - registers its methods
+    importance,  # noqa: F401 - registers its methods
+    random_drops,  # noqa: F401 - registers its methods
+    spectral,  # noqa: F401 - registers its methods
+    spherical,  # noqa: F401 - registers its methods
+    task_vectors,  # noqa: F401 - registers its methods
 )
 
 # `anabranch.merge(config, out)` merges checkpoints; what it calls is the engine's, and imported when it is called.
