@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from anabranch import cli_diagnose, cli_merge, cli_pilot
+from anabranch import cli_diagnose, cli_merge, cli_mergeability, cli_pilot
 from anabranch.errors import AnabranchError, OutputError, RecipeError
 
 app = typer.Typer(
@@ -110,6 +110,7 @@ def _stage(name: str | None, option: str) -> str | None:
 for command in (cli_merge.merge, cli_merge.verify, cli_merge.methods, cli_diagnose.diagnose, cli_pilot.pilot):
     app.command()(command)
 app.command("pilot-arms", hidden=True)(cli_pilot.pilot_arms)
+app.add_typer(cli_mergeability.app)
 
 
 @app.command()

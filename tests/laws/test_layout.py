@@ -11,11 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "anabranch"
 MODULES = sorted(SOURCE.rglob("*.py"))
+NESTED = ("diagnose", "mergeability")
 STAGES = {"mixture", "gradients", "conflict", "partition", "branches", "evaluate"}
 PURE = ["conflict.py", "partition.py", "theory.py", "outlook.py", "merge",
         *(f"diagnose/{m}.py" for m in ("connectivity", "displacement", "surface", "perturbation", "curvature", "calibration",
-                                       "gradient_map"))]
-PURE_MAY_IMPORT = {"artifacts", "errors", "rows", "merge", "theory", "recipe", "scores", "diagnose.artifacts"}
+                                       "gradient_map")),
+        *(f"mergeability/{m}.py" for m in ("metrics", "eigen", "published", "published_arms", "rule", "predict", "trial",
+                                           "sets"))]
+PURE_MAY_IMPORT = {"artifacts", "errors", "rows", "merge", "theory", "recipe", "scores", "diagnose.artifacts",
+                   *(f"mergeability.{m}" for m in ("artifacts", "metrics", "table", "published", "rule", "predict"))}
 
 
 def imports(path: Path) -> set[str]:
@@ -30,9 +34,9 @@ def imports(path: Path) -> set[str]:
 
 
 def ours(path: Path) -> set[str]:
-    """First-level modules of the package that a module imports; of the diagnostics, which one."""
+    """First-level modules of the package that a module imports; of the diagnostics and of mergeability, which one."""
     parts = [name.split(".")[1:] for name in imports(path) if name.startswith("anabranch.")]
-    return {".".join(p[:2]) if p[0] == "diagnose" else p[0] for p in parts if p != ["diagnose"]}
+    return {".".join(p[:2]) if p[0] in NESTED else p[0] for p in parts if len(p) > 1 or p[0] not in NESTED}
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,14 +50,18 @@ def fit_table(path: Path, rule: str = "ours", methods: Sequence[str] | None = No
     """
     name = _rule(rule)
     _check_output(output)
+    if sets and name != "ours":
+        raise RecipeError("--sets: sets are put together from what each task keeps, and the published rule scores pairs only. "
+                          "Fit with --rule ours.")
     whole = read_table(path, base_scores=base_scores, config=config)
     whole.metrics.pop(REDUNDANT, None)
     table, chosen, dropped = complete(whole, methods, drop_missing=drop_missing)
     measured = read_sets(sets) if sets else []
     predictor = make_predictor(table, chosen, name, dropped=dropped, seed=seed)
     judged, left_out = trials(table, chosen, name, draws=draws, seed=seed, progress=progress)
-    of_sets = set_trials(pair_scores(predictor, whole), measured) if measured and name == "ours" else {}
-    made_from = {"table": file_digest(Path(path))} | ({"sets": file_digest(Path(sets))} if sets else {})
+    of_sets = set_trials(pair_scores(predictor, whole), measured) if measured else {}
+    files = {"table": path, "sets": sets, "base_scores": Path(base_scores.rpartition(":")[0]) if base_scores else None}
+    made_from = {what: file_digest(file) for what, file in files.items() if file}
     predictor = predictor.model_copy(update={"trials": judged, "sets": dict(of_sets), "made_from": made_from,
                                              "settings": {"seed": seed, "draws": draws}})
     figures = _draw(predictor, table, left_out, output)
@@ -117,10 +122,9 @@ def _check_output(output: Path) -> None:
     """Before hours of work, not after."""
     if output.is_dir():
         raise OutputError(f"{output} is a folder; wanted the name of a JSON file. Give --output another.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output}: its folder cannot be made ({error.strerror}). Give --output another.") from error
+    there = next(folder for folder in output.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OutputError(f"{output}: nothing can be written in {there}. Give --output another.")
 
 
 def read_query(path: Path, base_scores: str | None = None, config: str | None = None) -> Table:

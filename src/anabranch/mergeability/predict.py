@@ -66,9 +66,13 @@ def complete(table: Table, methods: Sequence[str] | None, *, drop_missing: bool)
         problems.append("no merge is scored in it: columns METHOD_score1 and METHOD_score2 are wanted")
     if np.isnan(table.single).all():
         problems.append("no own scores: columns single_score1 and single_score2 are wanted, to normalise by")
+    scored = [m for m, scores in table.outcomes.items() if not np.isnan(scores).all()]
+    problems += [f"method `{m}`: all its scores are missing" for m in (methods or []) if m in set(table.outcomes) - set(scored)]
+    if table.outcomes and not scored:
+        problems.append("every score of a merge is missing")
     if problems:
         raise RecipeError.of("This table cannot be fitted:", problems)
-    names = list(methods or table.methods)
+    names = list(methods or scored)
     columns: dict[str, np.ndarray] = {k: v for k, v in table.metrics.items() if not np.isnan(v).all()}
     cells = columns | {f"{m} scores": table.outcomes[m] for m in names} | {"single scores": table.single}
     if not np.isnan(table.base).all():
@@ -221,7 +225,9 @@ def estimates(predictor: Predictor, table: Table) -> list[Estimate]:
     columns = [Column(c.name, c.side, np.array(c.knots), c.mean, c.sd) for c in predictor.columns]
     inputs = inputs_of(table)
     for c in columns:
-        inputs.setdefault(c.name, np.full(len(table) if c.side == "pair" else (len(table), 2), math.nan))
+        shape = (len(table),) if c.side == "pair" else (len(table), 2)
+        if c.name not in inputs or inputs[c.name].shape != shape:  # one of the pair is none of either task
+            inputs[c.name] = np.full(shape, math.nan)
     outside = _outside(columns, inputs, len(table))
     x, names = design(columns, inputs, len(table))
     return [_own_estimate(rule, table, x, names, unseen, outside) for rule in predictor.ours]
@@ -284,6 +290,7 @@ def _own_estimate(own: OwnRule, table: Table, x: np.ndarray, names: Sequence[str
     middle = rule.f(score)
     with np.errstate(over="ignore"):  # no interval: from minus infinity
         low, high = rule.kept(middle + half), rule.kept(middle - half)
+    high = np.maximum(high, score)  # a score so close to the ceiling that `f` cuts it off
     return Estimate(own.method, score, low, high, both.T, {k: v.reshape(2, n).mean(axis=0) for k, v in parts.items()},
                     [o or w for o, w in zip(outside, why, strict=True)])
 

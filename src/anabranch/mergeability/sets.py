@@ -17,6 +17,7 @@ Not in arXiv:2601.22285, whose score of a set is the mean of its pairs' scores.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -207,25 +208,30 @@ def set_trials(scores: PairScores, measured: Sequence[MeasuredSet]) -> Mapping[s
         predicted = float(kept_in(in_sets(scores, one.method, len(members)), members).mean())
         actual = float((np.array(one.scores) / scores.single[members]).mean())
         if not math.isnan(predicted) and not math.isnan(actual):
-            true.setdefault(one.tasks, {})[one.method] = actual
-            said.setdefault(one.tasks, {})[one.method] = predicted
+            key = tuple(sorted(one.tasks))
+            true.setdefault(key, {})[one.method] = actual
+            said.setdefault(key, {})[one.method] = predicted
     found: dict[str, float] = {}
     for method in scores.kept:
         both = [(said[s][method], true[s][method]) for s in true if method in true[s]]
         if len(both) > 2:
-            found[f"r {method}"] = float(np.corrcoef(np.array(both).T)[0, 1])
-            found[f"error {method}"] = float(np.mean([abs(p - y) for p, y in both]))
-            found[f"regret {method}"] = max(y for _, y in both) - max(both)[1]
-            found[f"regret of random {method}"] = max(y for _, y in both) - float(np.mean([y for _, y in both]))
+            p, y = np.array(both).T
+            # Alike in all sets: nothing to correlate.
+            found[f"r {method}"] = float(np.corrcoef(p, y)[0, 1]) if min(np.ptp(p), np.ptp(y)) > 0 else 0.0
+            found[f"error {method}"] = float(np.abs(p - y).mean())
+            found[f"regret {method}"] = float(y.max() - y[p == p.max()].mean())
+            found[f"regret of random {method}"] = float(y.max() - y.mean())
     return found | _regrets(true, said)
 
 
 def _regrets(true: Mapping[tuple[str, ...], Mapping[str, float]],
              said: Mapping[tuple[str, ...], Mapping[str, float]]) -> dict[str, float]:
-    whole = [s for s in true if len(true[s]) == max(map(len, true.values()))]
-    if not whole:
+    if not true:
         return {}
-    methods = sorted(true[whole[0]])
+    # Sets that share their methods can be compared; of several such groups, the one of most methods, then of most sets.
+    groups = Counter(tuple(sorted(scores)) for scores in true.values())
+    methods = max(groups, key=lambda g: (len(g), groups[g], g))
+    whole = [s for s in true if set(methods) <= set(true[s])]
     y = np.array([[true[s][m] for m in methods] for s in whole])
     p = np.array([[said[s][m] for m in methods] for s in whole])
     best = y.max(axis=1)

@@ -24,6 +24,7 @@ import numpy as np
 from anabranch.artifacts import write_atomically
 from anabranch.errors import RecipeError, closest
 from anabranch.mergeability.artifacts import Metrics
+from anabranch.mergeability.metrics import METRICS
 
 KEYS = ("task1", "task2")
 SIDES = ("1", "2")
@@ -105,7 +106,9 @@ def read_table(path: Path | str, *, base_scores: str | None = None, config: str 
     numbers = {name: _column(name, at[name], rows, problems) for name in header if name not in (*KEYS, "config")}
     tasks, first, second = _pairs([row[1] for row in rows], at, problems)
     scores, metrics = _split(numbers)
-    if base_scores and not problems:
+    if base_scores:
+        if BASE in scores and not np.isnan(scores[BASE]).all():
+            problems.append("has base scores of its own, and others were given with --base-scores: which?")
         scores[BASE] = _base_scores(base_scores, tasks, first, second, problems)
     table = _table(tasks, first, second, metrics, scores)
     problems += _score_problems(table, [line for line, _ in rows])
@@ -130,8 +133,16 @@ def write_table(path: Path, table: Table) -> None:
 
 
 def table_of_metrics(found: Metrics) -> Table:
-    """A table without outcomes, from metrics.json."""
+    """A table without outcomes, from metrics.json.
+
+    Raises:
+        RecipeError: it has no pair, or one of a model that it does not know.
+    """
     tasks = [m.task for m in found.models]
+    lost = sorted({t for p in found.pairs for t in (p.task1, p.task2)} - set(tasks))
+    if lost or not found.pairs:
+        raise RecipeError(f"the metrics have pairs of models that they do not list: {', '.join(lost)}." if lost else
+                          "the metrics hold no pair: at least two models are wanted.")
     place = {task: i for i, task in enumerate(tasks)}
     names = list(dict.fromkeys(name for pair in found.pairs for name in pair.metrics))
     known = {m.task: (_nan(m.single_score), _nan(m.base_score)) for m in found.models}
@@ -205,11 +216,16 @@ def _header_problems(path: Path, header: Sequence[str]) -> list[str]:
     if not header:
         return ["the file is empty. Wanted a header with task1 and task2"]
     problems = [f"no column `{key}`.{closest(key, header)}" for key in KEYS if key not in header]
-    problems += [f"column `{name}` stands twice" for name in sorted({n for n in header if header.count(n) > 1})]
-    for name in header:
+    problems += [f"column {i + 1} has no name" for i, name in enumerate(header) if not name]
+    problems += [f"column `{name}` stands twice" for name in sorted({n for n in header if n and header.count(n) > 1})]
+    for name in dict.fromkeys(header):
         stem, side = _score_column(name)
         if stem and (other := name[:-1] + ("2" if side == "1" else "1")) not in header:
             problems.append(f"column `{name}` without `{other}`: a merge is scored on both of its tasks")
+        if stem and (older := f"{stem}_acc{side}") != name and older in header:
+            problems.append(f"columns `{name}` and `{older}` are the same by two names")
+        if name and f"{name}1" in header and f"{name}2" in header:
+            problems.append(f"column `{name}` beside `{name}1` and `{name}2`: a value is the pair's or either task's, not both")
     return problems
 
 
@@ -262,9 +278,9 @@ def _pairs(rows: Sequence[Sequence[str]], at: Mapping[str, int],
 
 
 def _score_column(name: str) -> tuple[str, str]:
-    """('ties', '1') of ties_score1 and of ties_acc1; ('', '') of a metric."""
+    """('ties', '1') of ties_score1 and of ties_acc1; ('', '') of a metric, of which one is called cross_task_score."""
     for suffix in SUFFIXES:
-        if name[-1:] in SIDES and name[:-1].endswith(suffix) and name[: -1 - len(suffix)]:
+        if name not in METRICS and name[-1:] in SIDES and name[:-1].endswith(suffix) and name[: -1 - len(suffix)]:
             return name[: -1 - len(suffix)], name[-1]
     return "", ""
 
@@ -319,7 +335,10 @@ def _base_scores(spec: str, tasks: Sequence[str], first: np.ndarray, second: np.
         problems.extend(lost)
         return missing
     scores = _column(column, header.index(column), rows, problems)
-    known = {row[header.index("task")].strip(): float(v) for (_, row), v in zip(rows, scores, strict=True)}
+    named = [row[header.index("task")].strip() for _, row in rows]
+    if twice := sorted({t for t in named if named.count(t) > 1}):
+        problems.append(f"{name}: more than one row of {', '.join(twice)}")
+    known = dict(zip(named, scores.tolist(), strict=True))
     if unknown := [t for t in tasks if math.isnan(known.get(t, math.nan))]:
         problems.append(f"{name}: no {column} for {', '.join(unknown)}")
     each = np.array([known.get(t, math.nan) for t in tasks])

@@ -17,7 +17,7 @@ import numpy as np
 from anabranch.mergeability.artifacts import Predictor, Trial
 from anabranch.mergeability.metrics import PUBLISHED
 from anabranch.mergeability.predict import Estimate, RuleName, estimates, make_predictor
-from anabranch.mergeability.rule import FEWEST_TASKS, conformal
+from anabranch.mergeability.rule import FEWEST_PAIRS, FEWEST_TASKS, conformal
 from anabranch.mergeability.table import Table
 from anabranch.rows import generator
 
@@ -94,8 +94,11 @@ def _left_out_pairs(folds: Sequence[_Scored]) -> LeftOutPairs:
 
 
 def _fits(table: Table, fold: Fold) -> bool:
+    """Enough to correlate, and to leave two further tasks out and learn from the others, as a fit does."""
     train = table.take(fold.train)
-    return len(np.union1d(train.first, train.second)) >= FEWEST_TASKS and fold.test.sum() >= LEAST_PAIRS and len(train) >= 10
+    if len(np.union1d(train.first, train.second)) < FEWEST_TASKS or fold.test.sum() < LEAST_PAIRS or len(train) < 10:
+        return False
+    return any((train.touches(pair) == 0).sum() >= FEWEST_PAIRS for pair in zip(train.first, train.second, strict=True))
 
 
 @dataclass(frozen=True)
