@@ -17,6 +17,8 @@ _PUBLIC = {
     "harness_scores": "harness", "parse_arms": "compare", "run_comparison": "compare",
     "compare_operators": "operators", "run_pilot": "pilot",
     "subject_of_run": "diagnose.run", "subject_of_models": "diagnose.run", "run_diagnostics": "diagnose.run",
+    "measure": "mergeability.measure", "fit_table": "mergeability.fitting", "predict_file": "mergeability.fitting",
+    "suggest_file": "mergeability.fitting", "collect": "mergeability.collect",
     "markdown_report": "report", "write_report": "report", "AnabranchError": "errors"}
 
 __all__ = sorted([*_PUBLIC, "merge"])

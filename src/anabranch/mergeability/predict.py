@@ -244,7 +244,7 @@ def _why_not(reach: Reach | None, unseen: int) -> str:
     who = {0: "pairs left out", 1: "tasks left out one by one", 2: "both tasks of a pair left out"}[unseen]
     if reach is None or reach.half_width is None:
         return f"too few pairs in the table for an interval ({0 if reach is None else reach.pairs} with {who})"
-    if reach.error >= reach.error_of_mean:
+    if reach.error > reach.error_of_mean - 1e-9:  # equal but for rounding where every merge scores the same
         return (f"with {who}, its errors ({100 * reach.error:.1f} points) were no smaller than those of guessing the mean "
                 f"({100 * reach.error_of_mean:.1f})")
     return ""
