@@ -160,7 +160,8 @@ def show(name: str, found: Mapping[str, Any]) -> None:
     for words, values in rows.items():
         print(f"{words:28}" + "".join("–".rjust(16) if values.get(m) is None else f"{values[m]:16.3f}" for m in methods))
     for words, values in found["inputs"].items():
-        print(f"inputs: {words:24} one left out {values['1']:.3f}, several {values['2']:.3f}, coverage {values['coverage']:.3f}")
+        print(f"inputs: {words:24} one left out {values['1']:.3f}, several {values['2']:.3f}, "
+              f"coverage {values['coverage']:.3f}")
     likeness = sorted(found["likeness"].items(), key=lambda item: -item[1])
     print("most alike: " + "; ".join(f"{pair} {r:.3f}" for pair, r in likeness[:3]))
     for words, value in found.get("sets", {}).items():

@@ -383,7 +383,8 @@ def _wanted(method: maths.MergeMethod, arguments: Mapping[str, maths.Argument], 
     if info.dtype not in MERGED:
         return Wanted(name, info.shape, COPY, (origin, *sources), None, None, (), info.dtype)
     fitting, given = maths.fitting(method, arguments, info.shape, embedding)
-    return Wanted(name, info.shape, fitting.name, sources, origin if fitting.takes_base else None,
+    # A method that takes no base has it too: the merge's distance from it is told.
+    return Wanted(name, info.shape, fitting.name, sources, origin,
                   tuple(weights) if "weights" in fitting.inputs else None, tuple(given.items()),
                   DTYPES[dtype] if dtype else info.dtype, embedding=embedding)
 

@@ -326,9 +326,11 @@ class _Job:
         if "fisher" in method.inputs:
             fisher = [PlainReader(self.merge.fisher[s.input], s.name, buffers, f"raw-fisher-{i}")
                       for i, s in enumerate(wanted.branches)]
-        return TensorStack(wanted.shape, [self._reader(step, s, buffers, f"raw-{i}") for i, s in enumerate(wanted.branches)],
-                           self._reader(step, wanted.base, buffers, "raw-base") if wanted.base and method.takes_base else None,
-                           fisher, kind_of(step), self.memory.entries, buffers, draw, self.settings.device, self.fused)
+        base = (self._reader(step, wanted.base, buffers, "raw-base")
+                if wanted.base and (method.takes_base or self.settings.displacements) else None)
+        branches = [self._reader(step, s, buffers, f"raw-{i}") for i, s in enumerate(wanted.branches)]
+        return TensorStack(wanted.shape, branches, base, fisher, kind_of(step), self.memory.entries, buffers, draw,
+                           self.settings.device, self.fused)
 
     def _reader(self, step: Step, source: Source, buffers: Buffers, place: str) -> Reader:
         special = self.merge.readers.get((step.name, source))

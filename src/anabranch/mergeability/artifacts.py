@@ -21,8 +21,8 @@ class MeasuredModel(Part):
     folder: str
     sha256: str = Field(description="of its weights")
     norm: float | None = Field(None, description="L2 norm of the task vector")
-    single_score: float | None = Field(None, description="the model's own score on its task")
-    base_score: float | None = Field(None, description="the base's score on the same rows")
+    single_score: float | None = Field(None, gt=0, le=1, description="the model's own score on its task")
+    base_score: float | None = Field(None, ge=0, le=1, description="the base's score on the same rows")
 
 
 class MeasuredPair(Part):

@@ -86,10 +86,11 @@ def by_task(table: Table, values: np.ndarray) -> np.ndarray:
 def in_sets(scores: PairScores, method: str, k: int) -> np.ndarray:
     """(T, T): q_ij of the head of this file, in sets of k."""
     kept = scores.kept[method]
-    if method not in AVERAGES or np.isnan(scores.base / scores.single).any():
+    if method not in AVERAGES:
         return kept
     at_base, at_half, at_own = step_curve(k)
-    return np.asarray(at_base * (scores.base / scores.single)[:, None] + at_half * kept + at_own)
+    curve = at_base * (scores.base / scores.single)[:, None] + at_half * kept + at_own
+    return np.asarray(np.where(np.isnan(scores.base / scores.single)[:, None], kept, curve))
 
 
 def kept_in(q: np.ndarray, members: Sequence[int]) -> np.ndarray:
@@ -176,7 +177,7 @@ def _said(scores: PairScores, best: SuggestedSet, k: int) -> list[str]:
     if k > 2:
         lines.append(f"The predictor learnt from pairs; what {k} models keep together is put together from their pairs, and "
                      "has no interval.")
-    if np.isnan(scores.base).any():
+    if k > 2 and np.isnan(scores.base).any():
         lines.append("Base scores are not known, so what averaging of more than two models costs is understated.")
     elif best.gain is not None:
         lines.append(f"The best set is to bring {100 * best.gain:+.1f} points of score over the base on its tasks. A model "
@@ -197,21 +198,26 @@ def set_trials(scores: PairScores, measured: Sequence[MeasuredSet]) -> Mapping[s
         `regret`, `regret of random`, `regret of the best method on average`: mean over sets of the best method's score less
         that of the method chosen by prediction, at random, or always the same.
         `regret of the best set`, `regret of a random set`: of choosing set and method at once.
+        `not predicted`: measured sets (each with each method) of which nothing can be said: a task or method that the
+        predictor's table does not hold, or a pair of which it cannot say anything.
     """
+    lost = 0
     true: dict[tuple[str, ...], dict[str, float]] = {}
     said: dict[tuple[str, ...], dict[str, float]] = {}
     place = {task: i for i, task in enumerate(scores.tasks)}
     for one in measured:
         if one.method not in scores.kept or any(t not in place for t in one.tasks):
+            lost += 1
             continue
         members = [place[t] for t in one.tasks]
         predicted = float(kept_in(in_sets(scores, one.method, len(members)), members).mean())
         actual = float((np.array(one.scores) / scores.single[members]).mean())
+        lost += math.isnan(predicted) or math.isnan(actual)
         if not math.isnan(predicted) and not math.isnan(actual):
             key = tuple(sorted(one.tasks))
             true.setdefault(key, {})[one.method] = actual
             said.setdefault(key, {})[one.method] = predicted
-    found: dict[str, float] = {}
+    found: dict[str, float] = {"not predicted": float(lost)}
     for method in scores.kept:
         both = [(said[s][method], true[s][method]) for s in true if method in true[s]]
         if len(both) > 2:

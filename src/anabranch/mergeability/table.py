@@ -31,6 +31,7 @@ SIDES = ("1", "2")
 SUFFIXES = ("_score", "_acc")
 SINGLE, BASE = "single", "base"
 MOST_PROBLEMS = 12
+SAME = 3  # so many cells of one column are told one by one
 
 
 @dataclass(frozen=True)
@@ -245,17 +246,19 @@ def _one_config(path: Path, header: Sequence[str], rows: list[tuple[int, list[st
 
 
 def _column(name: str, at: int, rows: Sequence[tuple[int, list[str]]], problems: list[str]) -> np.ndarray:
-    values = np.full(len(rows), math.nan)
+    values, wrong = np.full(len(rows), math.nan), []
     for i, (line, row) in enumerate(rows):
-        text = row[at].strip()
-        if text:
+        if text := row[at].strip():
             try:
                 values[i] = float(text)
             except ValueError:
-                problems.append(f"line {line}, `{name}`: got `{text}`, wanted a number or an empty cell")
+                wrong.append(f"line {line}, `{name}`: got `{text}`, wanted a number or an empty cell")
                 continue
             if not math.isfinite(values[i]):
-                problems.append(f"line {line}, `{name}`: got {text}, wanted a finite number or an empty cell")
+                wrong.append(f"line {line}, `{name}`: got {text}, wanted a finite number or an empty cell")
+    if len(wrong) > SAME:
+        wrong = [*wrong[:1], f"and so in {len(wrong) - 1} more lines of `{name}`"]
+    problems += wrong
     return values
 
 

@@ -144,7 +144,7 @@ def _controls(predictor: Predictor, train: Table, methods: Sequence[str], fold: 
 def _shuffled(train: Table, methods: Sequence[str], fold: Fold) -> Table:
     """The kept scores of the training pairs dealt anew among them."""
     order = generator(0, "shuffled", *np.flatnonzero(fold.test).tolist()).permutation(len(train))
-    return replace(train, outcomes={m: np.minimum(train.kept(m)[order] * train.single, 1e6) for m in methods})
+    return replace(train, outcomes={m: train.kept(m)[order] * train.single for m in methods})
 
 
 def _trial(rule: str, unseen: int, folds: Sequence[_Scored], judged: bool) -> Trial:
