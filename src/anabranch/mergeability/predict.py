@@ -45,7 +45,7 @@ from anabranch.mergeability.table import Table
 
 # A query may lie this far outside of what was seen, as a share of the range that was seen.
 BEYOND = 0.5
-# Of outcomes without any law, errors fall below this share of the mean's in 1 table of 10 to 40, below the mean's in every second.
+# Of outcomes without any law, errors fall below this share of the mean's in 1 table of 10 to 40, below the mean's in 1 of 2.
 SKILL = 0.95
 RuleName = Literal["ours", "published"]
 MOST_MOVED = 5

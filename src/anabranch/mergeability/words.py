@@ -69,8 +69,8 @@ def _row(name: str, values: Sequence[float | None], width: int, digits: int = 3)
 def _set_lines(sets: dict[str, float]) -> list[str]:
     methods = [name[2:] for name in sets if name.startswith("r ")]
     if not methods:
-        return [f"Of the measured sets none could be predicted ({sets['not predicted']:.0f} rows): their tasks or methods are not "
-                "in the table, or too few."] if sets else []
+        return [f"Too few of the measured sets could be predicted to judge by ({sets['not predicted']:.0f} rows could not): a "
+                "task, a method or a metric of theirs is missing in the table."] if sets else []
     lines = ["", "Measured sets, from predictions of their pairs: r; mean error, points; regret of the set predicted best (of "
              "a random one), points"]
     lines += [f"  {m:26}{sets[f'r {m}']:9.3f}{100 * sets[f'error {m}']:9.1f}{100 * sets[f'regret {m}']:9.1f}"

@@ -127,8 +127,11 @@ def agreement_picture(panels: Sequence[Agreement], score: str = "normalised scor
         entries = [(Line2D([], [], color=theme.groups[0], marker="o", linewidth=1.2, markersize=5), "interval holds it"),
                    (Line2D([], [], color=theme.groups[1], marker="^", linewidth=1.2, markersize=6), "interval misses it"),
                    (Line2D([], [], color=theme.soft, linestyle="--", linewidth=1.0), "predicted = measured")]
+        alone = Line2D([], [], color=theme.soft, marker="o", linestyle="", markersize=5)
         if not bounded:
-            entries = [(Line2D([], [], color=theme.soft, marker="o", linestyle="", markersize=5), "pair"), entries[2]]
+            entries = [(alone, "pair"), entries[2]]
+        elif any((p.known & ~p.bounded).any() for p in panels):
+            entries.insert(2, (alone, "cannot say"))
         sheet.legend(62, 28 + down * row - 8, WIDTH - 80, entries)
 
     return Picture(finding, 28 + down * row + LEGEND_ROW + 6 if panels else 60.0, draw)
