@@ -28,7 +28,7 @@ from anabranch.mergeability.fitting import REDUNDANT
 from anabranch.mergeability.metrics import METRICS
 from anabranch.mergeability.predict import complete, make_predictor
 from anabranch.mergeability.rule import GAP, inputs_of
-from anabranch.mergeability.sets import by_task, pair_scores, set_trials
+from anabranch.mergeability.sets import pair_scores, set_trials
 from anabranch.mergeability.table import Table, read_sets, read_table
 from anabranch.mergeability.trial import trials
 from machine import RESULTS, machine
@@ -102,7 +102,7 @@ def likeness(table: Table, methods: list[str]) -> dict[str, float]:
 
 
 def partner(table: Table, methods: list[str]) -> dict[str, dict[str, float]]:
-    gaps = by_task(table, inputs_of(table)[GAP])
+    gaps = table.by_task(inputs_of(table)[GAP])
     found: dict[str, dict[str, float]] = {}
     for m in methods:
         y = table.normalised(m)

@@ -76,6 +76,9 @@ class Artifact(Part):
             return cls.model_validate(value)
         except OSError as error:
             raise CorruptedError(f"{path}: cannot be read ({error.strerror}).") from error
+        except RecursionError as error:
+            raise CorruptedError(f"{path}: not a valid {cls.__name__}: nested without end. Delete it to have it made "
+                                 "again.") from error
         except ValueError as error:
             problems = (describe_validation_error(error, cls) if isinstance(error, ValidationError) else [str(error)])
             raise CorruptedError.of(f"{path}: not a valid {cls.__name__}. Mend it, or delete it to have it made again:",

@@ -159,7 +159,7 @@ def collect(
     from anabranch.mergeability.outcomes import DEFAULT_METHODS
 
     loaded = _recipe(recipe, overrides)
-    asked: dict[str, Any] = {"methods": words.listed(methods) or DEFAULT_METHODS, "tasks": words.listed(tasks),
+    asked: dict[str, Any] = {"methods": words.listed(methods) or DEFAULT_METHODS, "tasks": words.listed(tasks, "--tasks"),
                              "pairs": pairs, "sets": sets, "k": k}
     if dry_run:
         for line in collecting.collect_forecast(loaded, **asked, progress=_progress()):

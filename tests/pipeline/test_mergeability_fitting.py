@@ -30,7 +30,7 @@ from anabranch.mergeability.fitting import Fitted, fit_table, predict_file, read
 from anabranch.mergeability.predict import complete, estimates, make_predictor, predict
 from anabranch.mergeability.rule import conformal
 from anabranch.mergeability.table import Table, read_table, write_table
-from anabranch.mergeability.trial import LeftOutPairs, one_left_out, several_left_out, trials
+from anabranch.mergeability.trial import LeftOutPairs, one_left_out, pairs_left_out, several_left_out, trials
 from conftest import anabranch
 from planted_pairs import planted, renamed
 
@@ -73,7 +73,7 @@ def test_folds_hold_tasks_out(table):
 
 
 def test_nothing_of_a_task_left_out_is_learnt_from(table, monkeypatch):
-    """Every rule that is fitted in a trial, controls too, sees pairs of the other tasks only."""
+    """Every rule that is fitted in a trial, controls too, sees no pair that is to be predicted, and no unseen task."""
     asked: list[tuple[Table, int]] = []
 
     def spy(train: Table, methods: list[str], *rest: object, cases: tuple[int, ...] = (), **options: object) -> Predictor:
@@ -84,18 +84,21 @@ def test_nothing_of_a_task_left_out_is_learnt_from(table, monkeypatch):
     monkeypatch.setattr(trial, "make_predictor", spy)
     trials(table, ["ties"], draws=2)
     folds = [*one_left_out(table), *several_left_out(table, 2)]
-    each = {1: 4, 2: 3}  # ours, effects alone (one task left out only), shuffled, published
+    folds += pairs_left_out(table)
+    each = {0: 4, 1: 4, 2: 3}  # ours, effects alone (not where several tasks are left out), published, shuffled
     assert len(asked) == sum(each[f.unseen] for f in folds)
     place = 0
     for fold in folds:
-        out = {1: set.intersection, 2: set.union}[fold.unseen](*({int(a), int(b)} for a, b in zip(
+        out = set() if fold.unseen == 0 else {1: set.intersection, 2: set.union}[fold.unseen](*({int(a), int(b)} for a, b in zip(
             table.first[fold.test], table.second[fold.test], strict=True)))
+        held = {frozenset(table.pair(i)) for i in np.flatnonzero(fold.test)}
         for train, case in asked[place:place + each[fold.unseen]]:
             assert train.touches(list(out)).max() == 0 and case in (0, fold.unseen) and len(train) == fold.train.sum()
-        plain, dealt = asked[place][0], asked[place + each[fold.unseen] - 2][0]
+            assert not held & {frozenset(train.pair(i)) for i in range(len(train))}
+        plain, dealt = asked[place][0], asked[place + each[fold.unseen] - 1][0]
         assert np.array_equal(plain.outcomes["ties"], table.outcomes["ties"][fold.train])
-        kept, anew = plain.kept("ties"), dealt.kept("ties")
-        assert not np.allclose(kept, anew) and np.allclose(np.sort(kept, axis=0), np.sort(anew, axis=0))
+        kept, anew, every = plain.kept("ties"), dealt.kept("ties"), table.kept("ties")
+        assert not np.allclose(kept, anew) and all((np.abs(every - row).max(axis=1) < 1e-9).any() for row in anew)
         place += each[fold.unseen]
 
 
@@ -141,18 +144,27 @@ def test_figures_of_a_trial_from_its_pairs(table, judged):
 
 
 def test_tables_too_small_for_a_trial():
-    assert trials(planted(5), ["ties"], draws=2) == ([], {})
+    assert trials(planted(5).take(np.arange(9)), ["ties"], draws=2) == ([], {})
     spread = planted(13)
     # Without task 1 a star is left, where no two tasks can be left out: that fold is none.
     star = spread.take((spread.first == 0) | ((spread.first == 1) & (spread.second <= 7)))
-    assert make_predictor(star, ["ties"]).pairs == 18 and trials(star, ["ties"], draws=2) == ([], {})
+    assert make_predictor(star, ["ties"]).pairs == 18 and not [t for t in trials(star, ["ties"], draws=2)[0] if t.unseen]
 
 
 def test_constant_scores_have_no_correlation():
     table = planted(7)
     same = replace(table, outcomes={"ties": table.single.copy()})
     found, _ = trials(same, ["ties"], draws=0, controls=False)
-    assert [(t.r, t.answered) for t in found] == [(None, 0.0)]
+    assert [(t.unseen, t.r, t.answered) for t in found] == [(1, None, 0.0), (0, None, 0.0)]
+
+
+def test_pairs_left_out_are_each_predicted_once_and_their_tasks_were_seen(table):
+    folds = pairs_left_out(table)
+    assert np.array_equal(sum(f.test.astype(int) for f in folds), np.ones(len(table)))
+    assert all(np.array_equal(f.train, ~f.test) and f.unseen == 0 for f in folds)
+    turned = table.take(np.arange(len(table))[::-1])
+    assert [{frozenset(table.pair(i)) for i in np.flatnonzero(f.test)} for f in folds] == [
+        {frozenset(turned.pair(i)) for i in np.flatnonzero(f.test)} for f in pairs_left_out(turned)]
 
 
 # ---- fit -------------------------------------------------------------------------------------------------------------
@@ -310,11 +322,11 @@ def test_outputs_that_cannot_be_written(place, fitted, metrics, tmp_path, monkey
 
 
 def test_a_fit_that_breaks_off_leaves_no_predictor(place, tmp_path, monkeypatch):
-    """Neither while tasks are left out, nor while it draws."""
+    """Not while tasks are left out; where only a picture cannot be written, what was learnt is kept, whole."""
     (tmp_path / "p-tasks.png").mkdir()
     with pytest.raises(OutputError, match=r"p-tasks\.png"):
         fit_table(place / "table.csv", methods=["ties"], draws=0, output=tmp_path / "p.json")
-    assert not (tmp_path / "p.json").exists()
+    assert Predictor.load(tmp_path / "p.json").trials
     for path in tmp_path.iterdir():
         (path.rmdir if path.is_dir() else path.unlink)()
     monkeypatch.setattr(fitting, "trials", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -443,7 +455,7 @@ def test_commands_complain_in_one_message(place, fitted, metrics, tmp_path, comm
     p, t = place / "predictor.json", place / "table.csv"
     for arguments, words_ in [
             (("fit", tmp_path / "gone.csv"), "RecipeError: "), (("fit", t, "--rule", "best"), "--rule: got `best`"),
-            (("fit", t, "--methods", " , "), "--methods: no method named"), (("fit", t, "--methods", "linen"), "`linear`"),
+            (("fit", t, "--methods", " , "), "--methods: no name given"), (("fit", t, "--methods", "linen"), "`linear`"),
             (("fit", place / "gaps.csv"), "--drop-missing"), (("fit", t, "--draws", "-1"), "--draws"),
             (("fit", t, "-o", tmp_path), "is a folder"), (("fit", t, "-o", t / "x.json"), "nothing can be written"),
             (("predict", metrics, p), "The predictor comes first"), (("predict", p, p), "is a predictor"),
@@ -477,7 +489,8 @@ def study(config: str | None = None, folder: Path = SHARED) -> Table:
 @needs_data
 def test_on_the_study_what_tasks_never_seen_are_predicted_like():
     found, pairs = trials(study(), STUDY, draws=0, controls=False)
-    assert [(t.method, t.rule, t.unseen, t.folds) for t in found] == [(m, "ours", 1, 20) for m in STUDY]
+    assert [(t.method, t.rule, t.unseen, t.folds) for t in found] == [(m, "ours", *n) for n in ((1, 20), (0, 5)) for m in STUDY]
+    found = found[:5]
     assert np.mean([t.r for t in found]) >= 0.80
     assert 0.85 <= np.mean([t.coverage for t in found]) <= 0.95
     assert all(t.width < t.naive_width and 0.8 < t.answered <= 1 for t in found)
@@ -487,9 +500,10 @@ def test_on_the_study_what_tasks_never_seen_are_predicted_like():
 @needs_data
 def test_on_the_study_several_tasks_left_out_at_once(monkeypatch):
     monkeypatch.setattr(trial, "one_left_out", lambda table: [])
+    monkeypatch.setattr(trial, "pairs_left_out", lambda table: [])
     found, pairs = trials(study(), ["ties"], draws=1)
     assert [(t.rule, t.unseen, t.folds) for t in found] == [
-        (rule, 2, 1) for rule in ("ours", "ours without task effects", "shuffled", "published")]
+        (rule, 2, 1) for rule in ("ours", "ours without task effects", "published", "shuffled")]
     assert found[0].r == found[1].r and found[0].coverage is not None and not pairs
 
 
@@ -507,3 +521,71 @@ def test_another_config_is_read_alike(tmp_path):
     assert np.array_equal(study("b32_adamw", tmp_path).single, one.single)
     with pytest.raises(RecipeError, match="rows of 2 configs"):
         study(None, tmp_path)
+
+
+# ---- what may not be mistaken ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["fit", "predict", "suggest", "sets"])
+def test_no_command_replaces_what_it_reads(place, metrics, tmp_path, what, command):
+    files = {}
+    for name, source in (("table.csv", place / "table.csv"), ("p.json", place / "predictor.json"), ("m.json", metrics)):
+        files[name] = tmp_path / name
+        files[name].write_bytes(source.read_bytes())
+    files["sets.csv"] = tmp_path / "sets.csv"
+    files["sets.csv"].write_text("task1,task2,method,score1,score2\n")
+    arguments, output = {
+        "fit": (("fit", files["table.csv"]), "table.csv"), "predict": (("predict", files["p.json"], files["m.json"]), "m.json"),
+        "suggest": (("suggest", files["p.json"], files["m.json"], "--k", 3), "p.json"),
+        "sets": (("fit", files["table.csv"], "--sets", files["sets.csv"]), "sets.csv")}[what]
+    before = {name: path.read_bytes() for name, path in files.items()}
+    code, _, complaint = command(*arguments, "-o", tmp_path / "." / output)
+    assert code == 2 and "would replace" in complaint
+    assert before == {name: path.read_bytes() for name, path in files.items()}
+
+
+def test_another_model_of_the_same_name_is_not_taken_for_the_one_that_was_seen(table, tmp_path):
+    predictor = make_predictor(table, ["ties"])
+    assert {p.unseen for p in predict(predictor, table)} == {0}
+    base = table.base.copy()
+    base[table.first == 2, 0] += 0.01
+    base[table.second == 2, 1] += 0.01
+    other = replace(table, base=base)
+    found = predict(predictor, other)
+    assert {p.unseen for p in found if table.tasks[2] in (p.task1, p.task2)} == {1}
+    assert {p.unseen for p in found if table.tasks[2] not in (p.task1, p.task2)} == {0}
+    named = [replace(other, tasks=["new" if t == table.tasks[2] else t for t in table.tasks]), other]
+    assert np.array_equal(*(estimates(predictor, t)[0].score for t in named))  # nor does it get that one's effects
+    assert [table.tasks[2] in line for line in fitting._renamed(predictor, other)] == [True]
+    assert not fitting._renamed(predictor, table)
+
+
+def test_what_moved_a_prediction_adds_up(table):
+    predictor = make_predictor(table, ["ties"])
+    e, own = estimates(predictor, table)[0], predictor.ours[0]
+    middle = own.ceiling - math.exp(own.intercept)
+    assert np.allclose(sum(e.parts.values()), e.score - middle, atol=1e-12)
+
+
+def test_own_models_that_did_not_learn_are_refused_by_name(table):
+    single = table.single.copy()
+    single[table.first == 3, 0] = single[table.second == 3, 1] = 1e-4
+    with pytest.raises(RecipeError, match=f"more than 3 times .* on {table.tasks[3]}. That model did not learn"):
+        complete(replace(table, single=single), None, drop_missing=False)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda v: v["ours"][0]["beta"].pop(), lambda v: v["columns"].clear(), lambda v: v["columns"][0]["knots"].pop(),
+    lambda v: v["columns"][0]["knots"].reverse(), lambda v: v["ours"][0].update(ceiling=math.inf)])
+def test_a_predictor_that_does_not_fit_together_is_refused(fitted, place, tmp_path, spoil):
+    value = json.loads((place / "predictor.json").read_text())
+    spoil(value)
+    (tmp_path / "p.json").write_text(json.dumps(value))
+    with pytest.raises(CorruptedError, match="not a valid Predictor"):
+        read_predictor(tmp_path / "p.json")
+
+
+def test_json_nested_without_end_is_refused(tmp_path):
+    (tmp_path / "p.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(CorruptedError, match="nested without end"):
+        read_predictor(tmp_path / "p.json")

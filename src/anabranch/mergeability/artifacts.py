@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from anabranch.artifacts import Artifact, Part, digest
+
+GAP = "fine_tuning_gap"
+KNOTS = 65  # quantiles that stand for the training rows of an input
 
 
 class MeasuredModel(Part):
@@ -51,7 +54,13 @@ class Metrics(Artifact):
         return digest(self.model_dump(mode="json", exclude={"seconds"}))
 
 
-class InputColumn(Part):
+class Finite(Part):
+    """No NaN and no infinity: they are no JSON."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class InputColumn(Finite):
     """One input of our rule. `knots`: quantiles of the training rows, ascending."""
 
     name: str
@@ -61,7 +70,7 @@ class InputColumn(Part):
     sd: float
 
 
-class Reach(Part):
+class Reach(Finite):
     """What left-out pairs say of a rule where this many of a pair's two tasks were not in the table."""
 
     unseen: Literal[0, 1, 2]
@@ -71,7 +80,7 @@ class Reach(Part):
     error_of_mean: float = Field(description="the same of a guess that knows only the mean")
 
 
-class OwnRule(Part):
+class OwnRule(Finite):
     """Our rule of one merge method (rule.py). Lists follow the columns of the design."""
 
     method: str
@@ -86,7 +95,7 @@ class OwnRule(Part):
     reach: list[Reach]
 
 
-class PublishedRule(Part):
+class PublishedRule(Finite):
     """The paper's rule of one merge method; its score is put on the scale of normalised scores by a line."""
 
     method: str
@@ -98,12 +107,12 @@ class PublishedRule(Part):
     reach: list[Reach]
 
 
-class Trial(Part):
+class Trial(Finite):
     """A rule on tasks that it never saw, everything in it (penalties, intervals) made from the other tasks alone."""
 
     method: str
     rule: str = Field(description="ours, ours without task effects, published, task effects alone, shuffled")
-    unseen: Literal[1, 2] = Field(description="1: one task left out; 2: several left out, pairs among them")
+    unseen: Literal[0, 1, 2] = Field(description="0: pairs left out; 1: one task; 2: several tasks, pairs of two of them")
     folds: int
     r: float | None = Field(description="mean over folds of Pearson r within a fold; None where it is not defined")
     sd: float | None = Field(description="of those r over folds")
@@ -123,6 +132,7 @@ class Predictor(Artifact):
     rule: Literal["ours", "published"]
     level: float = Field(description="of the intervals")
     tasks: list[str] = Field(description="that it was fitted on")
+    gaps: dict[str, float] = Field(description="task -> its fine-tuning gap, by which its model is recognised; empty: unknown")
     pairs: int
     dropped: int = Field(description="pairs of the table left out because a value was missing")
     columns: list[InputColumn]
@@ -132,9 +142,27 @@ class Predictor(Artifact):
     sets: dict[str, float] = Field(default_factory=dict, description="how merges of more than two are predicted (sets.py)")
     settings: dict[str, int | float | str]
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Predictor:
+        width = sum(2 if c.name == GAP else 1 for c in self.columns)
+        for own in self.ours:
+            if not len(own.beta) == len(own.mean) == width:
+                raise ValueError(f"ours, {own.method}: {len(own.beta)} beta and {len(own.mean)} mean; the columns want {width} "
+                                 "of both")
+        for column in self.columns:
+            if len(column.knots) != KNOTS or column.knots != sorted(column.knots):
+                raise ValueError(f"columns, {column.name}: got {len(column.knots)} knots, wanted {KNOTS}, ascending")
+        for paper in self.published:
+            if not set(paper.weights) == set(paper.low) == set(paper.high):
+                raise ValueError(f"published, {paper.method}: weights, low and high are of other metrics")
+        return self
+
 
 class Moved(Part):
-    """What moved a prediction away from the middle of the table. `points`: hundredths of the normalised score."""
+    """What moved a prediction away from the middle of the table. `points`: hundredths of the normalised score.
+
+    Those of all inputs add up to the whole way.
+    """
 
     input: str
     points: float
@@ -163,6 +191,7 @@ class Predictions(Artifact):
     rule: Literal["ours", "published"]
     level: float
     predictions: list[Prediction]
+    said: list[str] = Field(description="what to know of the models that were asked about")
 
 
 class SuggestedSet(Part):

@@ -14,7 +14,7 @@ from anabranch.artifacts import file_digest
 from anabranch.errors import OutputError, RecipeError, closest
 from anabranch.mergeability.artifacts import Metrics, Predictions, Predictor, Suggestion
 from anabranch.mergeability.metrics import METRICS
-from anabranch.mergeability.predict import RuleName, complete, make_predictor, predict, regressors
+from anabranch.mergeability.predict import RuleName, complete, make_predictor, predict, recognised, regressors
 from anabranch.mergeability.sets import pair_scores, set_trials, suggest
 from anabranch.mergeability.table import Table, read_sets, read_table, table_of_metrics
 from anabranch.mergeability.trial import DRAWS, LeftOutPairs, trials
@@ -49,7 +49,8 @@ def fit_table(path: Path, rule: str = "ours", methods: Sequence[str] | None = No
         OutputError: `output` cannot be written.
     """
     name = _rule(rule)
-    _check_output(output)
+    files = {"table": path, "sets": sets, "base_scores": Path(base_scores.rpartition(":")[0]) if base_scores else None}
+    _check_output(output, [f for f in files.values() if f])
     if sets and name != "ours":
         raise RecipeError("--sets: sets are put together from what each task keeps, and the published rule scores pairs only. "
                           "Fit with --rule ours.")
@@ -60,12 +61,11 @@ def fit_table(path: Path, rule: str = "ours", methods: Sequence[str] | None = No
     predictor = make_predictor(table, chosen, name, dropped=dropped, seed=seed)
     judged, left_out = trials(table, chosen, name, draws=draws, seed=seed, progress=progress)
     of_sets = set_trials(pair_scores(predictor, whole), measured) if measured else {}
-    files = {"table": path, "sets": sets, "base_scores": Path(base_scores.rpartition(":")[0]) if base_scores else None}
     made_from = {what: file_digest(file) for what, file in files.items() if file}
     predictor = predictor.model_copy(update={"trials": judged, "sets": dict(of_sets), "made_from": made_from,
                                              "settings": {"seed": seed, "draws": draws}})
-    figures = _draw(predictor, table, left_out, output)
     predictor.save(output)
+    figures = _draw(predictor, table, left_out, output)
     return Fitted(predictor, table, sorted(set(table.metrics) - set(METRICS)), figures)
 
 
@@ -118,8 +118,10 @@ def square(table: Table, method: str) -> np.ndarray:
     return found
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, inputs: Sequence[Path]) -> None:
     """Before hours of work, not after."""
+    if same := [str(f) for f in inputs if f.resolve() == output.resolve()]:
+        raise OutputError(f"--output {output} would replace {same[0]}, which is read. Give another name.")
     if output.is_dir():
         raise OutputError(f"{output} is a folder; wanted the name of a JSON file. Give --output another.")
     there = next(folder for folder in output.absolute().parents if folder.exists())
@@ -167,7 +169,7 @@ def _kind(path: Path) -> str:
     """What a JSON file says it is; '' where it says nothing, or is none."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return ""
     return str(value.get("kind", "")) if isinstance(value, dict) else ""
 
@@ -175,19 +177,26 @@ def _kind(path: Path) -> str:
 def predict_file(predictor: Path, metrics: Path, methods: Sequence[str] | None, base_scores: str | None, config: str | None,
                  output: Path) -> Predictions:
     """Every pair under every method; writes `output`."""
-    _check_output(output)
+    _check_output(output, [predictor, metrics])
     asked = read_predictor(predictor, methods)
     table = read_query(metrics, base_scores, config)
-    found = Predictions(rule=asked.rule, level=asked.level, predictions=predict(asked, table),
+    found = Predictions(rule=asked.rule, level=asked.level, predictions=predict(asked, table), said=_renamed(asked, table),
                         made_from={"predictor": file_digest(predictor), "metrics": file_digest(metrics)})
     found.save(output)
     return found
 
 
+def _renamed(predictor: Predictor, table: Table) -> list[str]:
+    """Models that bear the name of one of the predictor's, and are not it."""
+    other = [t for t, same in zip(table.tasks, recognised(predictor, table), strict=True) if t in predictor.tasks and not same]
+    return [f"{', '.join(other)}: called as in the predictor's table, but tuned otherwise or measured on other rows (another "
+            "fine-tuning gap), so taken as unseen."] if other else []
+
+
 def suggest_file(predictor: Path, metrics: Path, k: int, methods: Sequence[str] | None, base_scores: str | None,
                  config: str | None, output: Path) -> Suggestion:
     """The best sets of k; writes `output`."""
-    _check_output(output)
+    _check_output(output, [predictor, metrics])
     asked = read_predictor(predictor, methods)
     found = suggest(asked, read_query(metrics, base_scores, config), k)
     found = found.model_copy(update={"made_from": {"predictor": file_digest(predictor), "metrics": file_digest(metrics)}})

@@ -18,6 +18,7 @@ import numpy as np
 from anabranch.errors import RecipeError, closest
 from anabranch.mergeability import published as paper
 from anabranch.mergeability.artifacts import (
+    GAP,
     InputColumn,
     Moved,
     OwnRule,
@@ -29,7 +30,6 @@ from anabranch.mergeability.artifacts import (
 from anabranch.mergeability.metrics import PUBLISHED
 from anabranch.mergeability.rule import (
     CASES,
-    GAP,
     LEVEL,
     Column,
     Fit,
@@ -45,6 +45,9 @@ from anabranch.mergeability.table import Table
 
 # A query may lie this far outside of what was seen, as a share of the range that was seen.
 BEYOND = 0.5
+SAME_GAP = 1e-6
+# An own model that a merge beats by so much did not learn its task, and no share of its score means anything.
+MOST_KEPT = 3.0
 # Of outcomes without any law, errors fall below this share of the mean's in 1 table of 10 to 40, below the mean's in 1 of 2.
 SKILL = 0.95
 RuleName = Literal["ours", "published"]
@@ -89,6 +92,12 @@ def complete(table: Table, methods: Sequence[str] | None, *, drop_missing: bool)
     kept = table.take(~lost)
     kept = Table(kept.tasks, kept.first, kept.second, {k: kept.metrics[k] for k in columns}, kept.single, kept.base,
                  {m: kept.outcomes[m] for m in names})
+    weak = sorted({kept.tasks[t] for m in names for side, tasks in enumerate((kept.first, kept.second))
+                   for t in tasks[kept.kept(m)[:, side] > MOST_KEPT]})
+    if weak:
+        raise RecipeError(f"merges score more than {MOST_KEPT:g} times what the own model does on {', '.join(weak[:SHOWN])}"
+                          + (f" and {len(weak) - SHOWN} more tasks" if len(weak) > SHOWN else "") +
+                          ". That model did not learn its task: leave its pairs out, or tune it again.")
     return kept, names, int(lost.sum())
 
 
@@ -112,6 +121,8 @@ def make_predictor(table: Table, methods: Sequence[str], rule: RuleName = "ours"
         RecipeError: too few tasks or pairs; the published rule without any published metric.
     """
     tasks = [table.tasks[t] for t in np.union1d(table.first, table.second)]
+    asked = inputs_of(table).get(GAP)
+    gaps = {} if asked is None or asked.ndim != 2 else dict(zip(table.tasks, table.by_task(asked).tolist(), strict=True))
     columns: list[InputColumn] = []
     ours: list[OwnRule] = []
     theirs: list[PublishedRule] = []
@@ -121,8 +132,8 @@ def make_predictor(table: Table, methods: Sequence[str], rule: RuleName = "ours"
         ours = [_own_rule(table, whole, fits[m]) for m in methods]
     else:
         theirs = [_published_rule(table, m, cases, seed) for m in methods]
-    return Predictor(rule=rule, level=LEVEL, tasks=tasks, pairs=len(table), dropped=dropped, columns=columns, ours=ours,
-                     published=theirs, trials=[], settings={"seed": seed})
+    return Predictor(rule=rule, level=LEVEL, tasks=tasks, gaps={t: gaps[t] for t in tasks if t in gaps}, pairs=len(table),
+                     dropped=dropped, columns=columns, ours=ours, published=theirs, trials=[], settings={"seed": seed})
 
 
 def _own_rule(table: Table, whole: Prepared, found: Fit) -> OwnRule:
@@ -186,7 +197,7 @@ class Estimate:
     """One method on n pairs: numbers wherever they can be computed, and whether they should be believed.
 
     score, low, high: (n,), NaN where a value is missing. kept: (n, 2), score(merge) / score(own model) of either task; None
-    with the published rule. parts: input -> (n,) first-order share of the way from the middle of the table to the score.
+    with the published rule. parts: input -> (n,) its share of the way from the middle of the table to the score.
     why_not: '' or why nothing should be said.
     """
 
@@ -232,12 +243,27 @@ def estimates(predictor: Predictor, table: Table) -> list[Estimate]:
             inputs[c.name] = np.full(shape, math.nan)
     outside = _outside(columns, inputs, len(table))
     x, names = design(columns, inputs, len(table))
-    return [_own_estimate(rule, table, x, names, unseen, outside) for rule in predictor.ours]
+    seen = recognised(predictor, table)
+    return [_own_estimate(rule, table, x, names, unseen, outside, seen) for rule in predictor.ours]
+
+
+def recognised(predictor: Predictor, table: Table) -> np.ndarray:
+    """(T,) whether a task's model is one that the predictor saw: of the same name, and with the same fine-tuning gap.
+
+    Another model of that name has another gap. Where the predictor knows no gaps, the name alone must do.
+    """
+    named = np.isin(table.tasks, predictor.tasks)
+    if not predictor.gaps:
+        return named
+    known = np.array([predictor.gaps.get(task, math.nan) for task in table.tasks])
+    asked = inputs_of(table).get(GAP)
+    here = np.full(len(known), math.nan) if asked is None or asked.ndim != 2 else table.by_task(asked)
+    return np.asarray(named & (np.abs(here - known) <= SAME_GAP))
 
 
 def unseen_tasks(predictor: Predictor, table: Table) -> np.ndarray:
-    """(n,) how many of a pair's tasks the predictor never saw."""
-    known = np.isin(table.tasks, predictor.tasks).astype(int)
+    """(n,) how many of a pair's models the predictor never saw."""
+    known = recognised(predictor, table).astype(int)
     return np.asarray(2 - known[table.first] - known[table.second])
 
 
@@ -276,13 +302,15 @@ def _outside(columns: Sequence[Column], inputs: Mapping[str, np.ndarray], n: int
 
 
 def _own_estimate(own: OwnRule, table: Table, x: np.ndarray, names: Sequence[str], unseen: np.ndarray,
-                  outside: Sequence[str]) -> Estimate:
+                  outside: Sequence[str], seen: np.ndarray) -> Estimate:
     n = len(table)
-    suffers, harms = (np.array([side.get(t, 0.0) for t in table.tasks]) for side in (own.suffers, own.harms))
+    suffers, harms = (np.where(seen, [side.get(t, 0.0) for t in table.tasks], 0.0) for side in (own.suffers, own.harms))
     rule = Rule(own.ceiling, np.array(own.mean), own.intercept, np.array(own.beta), suffers, harms)
     me, other = directions(table)
-    kept = rule.kept(rule.log_loss(x, me, other))
-    pull = kept - rule.ceiling  # d kept / d f
+    f = rule.log_loss(x, me, other)
+    kept, way = rule.kept(f), f - rule.intercept
+    # What a unit of f moved, on average along the straight way from the middle of the table: so parts add up to the whole.
+    pull = -np.exp(rule.intercept) * np.divide(np.expm1(way), way, out=np.ones_like(way), where=way != 0)
     parts = {"the other merges of these tasks": pull * (suffers[me] + harms[other])}
     for k, name in enumerate(names):
         parts[name] = parts.get(name, 0.0) + pull * (x[:, k] - rule.mean[k]) * rule.beta[k]

@@ -29,11 +29,10 @@ import numpy as np
 from scipy.stats import norm
 
 from anabranch.errors import RecipeError
+from anabranch.mergeability.artifacts import GAP, KNOTS
 from anabranch.mergeability.table import Table
 from anabranch.rows import generator
 
-GAP = "fine_tuning_gap"
-KNOTS = 65
 STEPS = norm.ppf((np.arange(KNOTS) + 0.5) / KNOTS)
 PENALTIES = (3.0, 10.0, 30.0, 100.0, 300.0)
 SHRINKAGES = (1.0, 3.0, 10.0, 30.0, math.inf)
@@ -147,7 +146,7 @@ class Rule:
         return np.asarray(self.intercept + (x - self.mean) @ self.beta + self.suffers[own] + self.harms[partner])
 
     def kept(self, f: np.ndarray) -> np.ndarray:
-        return np.asarray(self.ceiling - np.exp(f))
+        return np.asarray(np.maximum(self.ceiling - np.exp(f), 0.0))
 
     def f(self, kept: np.ndarray) -> np.ndarray:
         """Of scores at or above the ceiling: as of one just below it."""
@@ -329,7 +328,8 @@ def _judged(method: str, penalty: float, shrinkage: float, whole: Prepared, fold
             rule = fold.prepared.rule(method, penalty, shrinkage)
             predicted, true = fold.prepared.predict(rule, fold.pairs), measured[fold.pairs]
             learnt = measured[fold.prepared.rows[: len(measured)]]
-            missed = (rule.f(true) - rule.f(predicted), true - predicted, true - learnt.mean())
+            beyond = np.where(true < rule.ceiling, rule.f(true) - rule.f(predicted), np.inf)  # no interval goes so far
+            missed = (beyond, true - predicted, true - learnt.mean())
             for parts, part in zip(off, missed, strict=True):
                 parts.append(np.abs(part))
         for name, parts in zip(found, off, strict=True):

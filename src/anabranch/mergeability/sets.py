@@ -71,16 +71,7 @@ def pair_scores(predictor: Predictor, table: Table) -> PairScores:
         both = np.where(said[:, None], e.kept if e.kept is not None else math.nan, math.nan)
         square[table.first, table.second], square[table.second, table.first] = both[:, 0], both[:, 1]
         kept[e.method] = square
-    return PairScores(table.tasks, kept, by_task(table, table.single), by_task(table, table.base))
-
-
-def by_task(table: Table, values: np.ndarray) -> np.ndarray:
-    """(T,) of (n, 2): a task's value from whichever row has it."""
-    found = np.full(len(table.tasks), math.nan)
-    for side, tasks in enumerate((table.first, table.second)):
-        known = ~np.isnan(values[:, side])
-        found[tasks[known]] = values[known, side]
-    return found
+    return PairScores(table.tasks, kept, table.by_task(table.single), table.by_task(table.base))
 
 
 def in_sets(scores: PairScores, method: str, k: int) -> np.ndarray:

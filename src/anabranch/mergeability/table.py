@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ SIDES = ("1", "2")
 SUFFIXES = ("_score", "_acc")
 SINGLE, BASE = "single", "base"
 MOST_PROBLEMS = 12
+LARGEST = 1e100  # its square is still a number
 SAME = 3  # so many cells of one column are told one by one
 
 
@@ -82,6 +84,14 @@ class Table:
     def touches(self, tasks: Sequence[int]) -> np.ndarray:
         """(n,) how many of a pair's two tasks are among these: 0, 1 or 2."""
         return np.asarray(np.isin(self.first, tasks).astype(int) + np.isin(self.second, tasks).astype(int))
+
+    def by_task(self, values: np.ndarray) -> np.ndarray:
+        """(T,) of (n, 2): a task's value from whichever row has it; NaN where none has."""
+        found = np.full(len(self.tasks), math.nan)
+        for side, tasks in enumerate((self.first, self.second)):
+            known = ~np.isnan(values[:, side])
+            found[tasks[known]] = values[known, side]
+        return found
 
     def pair(self, i: int | np.integer[Any]) -> tuple[str, str]:
         return self.tasks[self.first[i]], self.tasks[self.second[i]]
@@ -144,6 +154,11 @@ def table_of_metrics(found: Metrics) -> Table:
     if lost or not found.pairs:
         raise RecipeError(f"the metrics have pairs of models that they do not list: {', '.join(lost)}." if lost else
                           "the metrics hold no pair: at least two models are wanted.")
+    seen = Counter(frozenset((p.task1, p.task2)) for p in found.pairs)
+    twice = [" and ".join(sorted(pair)) for pair, count in seen.items() if count > 1 or len(pair) < 2]
+    if twice or len(set(tasks)) < len(tasks):
+        raise RecipeError("the metrics hold a model or a pair twice, or a pair of a model with itself"
+                          + (f": {twice[0]}" if twice else "") + ". Measure again, each model once.")
     place = {task: i for i, task in enumerate(tasks)}
     names = list(dict.fromkeys(name for pair in found.pairs for name in pair.metrics))
     known = {m.task: (_nan(m.single_score), _nan(m.base_score)) for m in found.models}
@@ -254,8 +269,8 @@ def _column(name: str, at: int, rows: Sequence[tuple[int, list[str]]], problems:
             except ValueError:
                 wrong.append(f"line {line}, `{name}`: got `{text}`, wanted a number or an empty cell")
                 continue
-            if not math.isfinite(values[i]):
-                wrong.append(f"line {line}, `{name}`: got {text}, wanted a finite number or an empty cell")
+            if not abs(values[i]) < LARGEST:
+                wrong.append(f"line {line}, `{name}`: got {text}, wanted a finite number below {LARGEST:g} or an empty cell")
     if len(wrong) > SAME:
         wrong = [*wrong[:1], f"and so in {len(wrong) - 1} more lines of `{name}`"]
     problems += wrong

@@ -1,9 +1,10 @@
 """What a rule is worth on tasks that it never saw. Everything in it is made again from each fold's own rows.
 
 One task left out (T folds): its pairs are predicted; their other task was seen. Several left out (`draws` folds, 30 % of
-the tasks each): only pairs of two unseen tasks are predicted. r is Pearson's within a fold, then averaged, as published.
+the tasks each): only pairs of two unseen tasks are predicted. Pairs left out (5 folds): both tasks were seen elsewhere. r is
+Pearson's within a fold, then averaged, as published.
 Controls: `task effects alone` knows no metric, only what a task's other merges scored (and nothing of unseen tasks);
-`shuffled` is our rule on scores dealt anew to the training pairs, which must find nothing.
+`shuffled` is our rule on scores dealt anew among all pairs, which must find nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ class Fold:
     train: np.ndarray
     test: np.ndarray
     unseen: int
+
+
+def pairs_left_out(table: Table) -> list[Fold]:
+    """A fifth of the pairs each, dealt by name; their tasks stay, in other pairs."""
+    part = np.empty(len(table), int)
+    part[sorted(range(len(table)), key=lambda i: sorted(table.pair(i)))] = generator(0, "fifths").permutation(len(table)) % 5
+    return [Fold(part != k, part == k, 0) for k in range(5)]
 
 
 def one_left_out(table: Table) -> list[Fold]:
@@ -70,7 +78,7 @@ def trials(table: Table, methods: Sequence[str], rule: RuleName = "ours", *, dra
 
     Folds that leave too little to learn from or to correlate are skipped, so a small table may have no trial at all.
     """
-    folds = one_left_out(table) + several_left_out(table, draws, seed)
+    folds = one_left_out(table) + several_left_out(table, draws, seed) + pairs_left_out(table)
     known = [f for f in folds if _fits(table, f)]
     found: dict[tuple[int, str], list[list[_Scored]]] = {}
     for done, fold in enumerate(known):
@@ -123,6 +131,8 @@ def _fold(table: Table, methods: Sequence[str], rule: RuleName, fold: Fold, seed
             learnt = train.normalised(estimate.method)
             found[name].append(_Scored(estimate, test.normalised(estimate.method), float(learnt.mean()),
                                        conformal(np.abs(learnt - learnt.mean()))))
+    if rule == "ours" and controls:
+        found[SHUFFLED] = _shuffled(table, methods, fold)
     return found
 
 
@@ -133,18 +143,18 @@ def _controls(predictor: Predictor, train: Table, methods: Sequence[str], fold: 
         bare = replace(train, metrics={}, base=np.full_like(train.base, np.nan))
         without = [o.model_copy(update={"suffers": {}, "harms": {}}) for o in predictor.ours]
         found[WITHOUT_EFFECTS] = predictor.model_copy(update={"ours": without})
-        if fold.unseen == 1:
+        if fold.unseen < 2:
             found[EFFECTS_ALONE] = make_predictor(bare, methods, cases=(fold.unseen,))
-        found[SHUFFLED] = make_predictor(_shuffled(train, methods, fold), methods, cases=(fold.unseen,))
         if set(PUBLISHED) & set(train.metrics):
             found["published"] = make_predictor(train, methods, "published", cases=(), seed=seed)
     return found
 
 
-def _shuffled(train: Table, methods: Sequence[str], fold: Fold) -> Table:
-    """The kept scores of the training pairs dealt anew among them."""
-    order = generator(0, "shuffled", *np.flatnonzero(fold.test).tolist()).permutation(len(train))
-    return replace(train, outcomes={m: train.kept(m)[order] * train.single for m in methods})
+def _shuffled(table: Table, methods: Sequence[str], fold: Fold) -> list[_Scored]:
+    """All that a fold does, on a table whose scores were dealt anew among its pairs, those to be predicted with them."""
+    order = generator(0, "shuffled", *np.flatnonzero(fold.test).tolist()).permutation(len(table))
+    dealt = replace(table, outcomes={m: table.kept(m)[order] * table.single for m in methods})
+    return _fold(dealt, methods, "ours", fold, 0, False)["ours"]
 
 
 def _trial(rule: str, unseen: int, folds: Sequence[_Scored], judged: bool) -> Trial:

@@ -11,16 +11,17 @@ from anabranch.mergeability.artifacts import Prediction, Predictions, Suggestion
 from anabranch.mergeability.fitting import Fitted
 from anabranch.mergeability.predict import has_gap
 
-UNSEEN = {1: "one task left out at a time", 2: "several tasks left out at once; pairs of two of them"}
+UNSEEN = {0: "pairs left out, both tasks seen in others",
+          1: "one task left out at a time", 2: "several tasks left out at once; pairs of two of them"}
 
 
-def listed(text: str | None) -> list[str] | None:
+def listed(text: str | None, option: str = "--methods") -> list[str] | None:
     """'a,b' -> [a, b]; None for all. Raises RecipeError for an empty list."""
     if text is None:
         return None
     found = [part.strip() for part in text.split(",") if part.strip()]
     if not found:
-        raise RecipeError("--methods: no method named. Wanted names as in ties,linear")
+        raise RecipeError(f"{option}: no name given. Wanted one or more, with commas between them.")
     return list(dict.fromkeys(found))
 
 
@@ -33,7 +34,7 @@ def fit_lines(found: Fitted) -> list[str]:
                      "that says most. Add base_score1 and base_score2, or give --base-scores.")
     if found.unknown:
         lines.append(f"Taken as metrics, though none of ours: {', '.join(found.unknown)}")
-    for unseen in (1, 2):
+    for unseen in (1, 2, 0):
         lines += _trial_lines([t for t in p.trials if t.unseen == unseen], p.rule)
     if not p.trials:
         lines.append("Too few tasks to leave any out: what this predictor is worth is not known.")
@@ -71,8 +72,8 @@ def _set_lines(sets: dict[str, float]) -> list[str]:
     if not methods:
         return [f"Too few of the measured sets could be predicted to judge by ({sets['not predicted']:.0f} rows could not): a "
                 "task, a method or a metric of theirs is missing in the table."] if sets else []
-    lines = ["", "Measured sets, from predictions of their pairs: r; mean error, points; regret of the set predicted best (of "
-             "a random one), points"]
+    lines = ["", "Measured sets, from their pairs' predictions (tasks and pairs were in the fit; the sets were not):",
+             " " * 28 + "        r    error   regret (of a random set), points"]
     lines += [f"  {m:26}{sets[f'r {m}']:9.3f}{100 * sets[f'error {m}']:9.1f}{100 * sets[f'regret {m}']:9.1f}"
               f" ({100 * sets[f'regret of random {m}']:.1f})" for m in methods]
     if sets["not predicted"]:
@@ -101,6 +102,7 @@ def prediction_lines(found: Predictions) -> list[str]:
     lines += [f"({number}) cannot say: {why}" for why, number in reasons.items()]
     answered = [p for p in found.predictions if p.score is not None]
     seen = {n: sum(1 for p in answered if p.unseen == n) for n in (0, 1, 2)}
+    lines += found.said
     lines.append(f"{len(answered)} of {len(found.predictions)} answered; of these {seen[0]} with both tasks in the table, "
                  f"{seen[1]} with one, {seen[2]} with none.")
     return lines
