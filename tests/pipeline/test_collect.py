@@ -250,7 +250,7 @@ def test_tasks_pairs_and_sets_that_cannot_be(collected):
         return str(error.value)
 
     assert "`cop` is no unit" in refused(tasks=["cop", "frist"]) and "`frist`" in refused(tasks=["cop", "frist"])
-    assert "a pair needs two" in refused(tasks=["copy"])
+    assert "a pair needs two" in refused(tasks=["copy"]) and "0 tasks (none): a pair needs two" in refused(tasks=[])
     assert "wanted 1 to 10" in refused(pairs=11) and "wanted 1 to 10" in refused(pairs=0)
     assert "sets of 2 to 5" in refused(sets=3, k=6) and "only 5 sets of 4" in refused(sets=6)
     assert "at least 2 rows" in refused(calibration=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -51,6 +53,7 @@ def test_everything_is_measured_and_nothing_is_left_behind(given, tmp_path):
     for pair in found.pairs:
         assert pair.metrics.keys() == set(METRICS) and list(pair.metrics) == list(METRICS)
     assert not found.left_out
+    assert "activations are means over the rows of all 3 tasks: measure models to be compared in one go" in told
     for model in found.models:
         assert model.norm and 0 < (model.single_score or 0) < 1 and 0 < (model.base_score or 0) < 1
     assert {what for what, done, total in seen} >= {"forward passes of base", "gradients of copy", "forward passes"}
@@ -160,9 +163,68 @@ def test_a_journal_of_other_models_or_rows_is_not_used(given, tmp_path, monkeypa
 def test_the_forecast_counts_and_writes_nothing(given, tmp_path):
     lines = "\n".join(measure_forecast(*given, tmp_path / "metrics.json", samples=4))
     assert "3 and the base: 3 pairs" in lines and "4 models x 12 rows: 48 row passes" in lines
+    assert "means over the rows of all 3 tasks" in lines and "(8 per parameter and model)" in lines
     assert ": 24 row passes" in lines and "bytes beside the output" in lines and not os.listdir(tmp_path)
     lines = "\n".join(measure_forecast(given[0], given[1], [], tmp_path / "metrics.json"))
     assert "gradients   left out: wants calibration rows (--data)" in lines and "row passes" not in lines
+
+
+def test_metrics_that_some_pairs_lack_are_named_with_their_number(given, tmp_path):
+    """Two models that each moved one matrix, another each: their pair has no matrix, their pairs with a third have."""
+    base, models, _ = given
+    for place, name in (("up", "model.layers.0.mlp.up_proj.weight"), ("down", "model.layers.0.mlp.down_proj.weight")):
+        shutil.copytree(base, tmp_path / place)
+        for file in (tmp_path / place).glob("*.safetensors"):
+            save_file({n: t * (1.5 if n == name else 1) for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    found = measure(base, [str(tmp_path / "up"), str(tmp_path / "down"), models[1]], [], tmp_path / "m.json", only={"weights"})
+    lacking = {n for n in METRICS if n not in found.pairs[0].metrics and n in found.pairs[1].metrics}
+    assert "right_subspace_overlap_top_k" in lacking
+    assert found.left_out["right_subspace_overlap_top_k"] == (
+        "in 1 of 3 pairs: there is no matrix that both models of a pair moved")
+    assert all(found.left_out[n].startswith("in 1 of 3 pairs: ") for n in lacking)
+    assert found.left_out["activation_dot_product"] == "not asked for (--only)"
+
+
+def test_the_journal_goes_while_it_is_held(given, tmp_path, monkeypatch):
+    """A second run that starts while the first one clears up must not have its folder taken away."""
+    output, remove, seen = tmp_path / "metrics.json", shutil.rmtree, []
+
+    def removing(folder, **options):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            seen.append(folder)
+        finally:
+            os.close(handle)
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    measure(given[0], given[1], [], output)
+    assert seen == [tmp_path / ".metrics.json.journal"] and os.listdir(tmp_path) == ["metrics.json"]
+
+
+def test_a_folder_that_was_removed_before_it_could_be_held_is_made_again(given, tmp_path, monkeypatch):
+    lock, calls = fcntl.flock, []
+
+    def late(handle, how):
+        calls.append(handle)
+        if len(calls) == 1:  # the run before lets go only now
+            (tmp_path / ".metrics.json.journal").rmdir()
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    measure(given[0], given[1], [], tmp_path / "metrics.json")
+    assert len(calls) == 2 and os.listdir(tmp_path) == ["metrics.json"]
+
+
+def test_a_file_system_without_locks_will_do(given, tmp_path, monkeypatch):
+    def none(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    measure(given[0], given[1], [], tmp_path / "metrics.json")
+    assert os.listdir(tmp_path) == ["metrics.json"]
 
 
 # ---- wrong input -----------------------------------------------------------------------------------------------------
@@ -177,7 +239,7 @@ def refused(folder: Path, *arguments, **options) -> str:
     return str(error.value)
 
 
-def test_every_problem_comes_in_one_message(given, tmp_path):
+def test_every_problem_comes_in_one_message(given, tmp_path, monkeypatch):
     base, models, _ = given
     (tmp_path / "metrics.json").mkdir()
     gpt = tmp_path / "gpt"
@@ -190,6 +252,35 @@ def test_every_problem_comes_in_one_message(given, tmp_path):
         assert part in said, part
     said = refused(tmp_path, base, [models[0], f"gpt={gpt}"], [], tmp_path / "x.json")
     assert "'gpt2', the base of 'qwen2'" in said
+    monkeypatch.chdir(base)  # a base called `.` is one as well
+    assert "'gpt2', the base of 'qwen2'" in refused(tmp_path, ".", [models[0], f"gpt={gpt}"], [], tmp_path / "x.json")
+
+
+def test_an_output_that_is_an_input_is_refused(given, tmp_path, monkeypatch):
+    base, models, data = given
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "copy"
+    shutil.copy(data[0], rows)
+    shutil.copytree(models[0], model)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked.jsonl").symlink_to(rows)
+    for entries, output, only in (([str(rows)], rows, None), (["rows.jsonl"], tmp_path / "copy" / ".." / "rows.jsonl", None),
+                                  ([str(tmp_path / "*.jsonl")], Path("rows.jsonl"), None), ([str(tmp_path)], rows, {"weights"}),
+                                  ([str(rows)], Path("linked.jsonl"), None), ([f"copy={rows}"], rows, {"weights"})):
+        said = refused(tmp_path, base, [str(model), *models[1:]], entries, output, only=only)
+        assert f"--output {output}: is a file of --data" in said, entries
+    for name in ("config.json", "metrics.json"):
+        said = refused(tmp_path, base, [str(model), *models[1:]], [], model / name)
+        assert f"lies among the files of --model copy, {model}" in said
+    monkeypatch.chdir(model)
+    said = refused(tmp_path, ".", models[1:], [], Path("metrics.json"))
+    assert "--output metrics.json: lies among the files of --base" in said
+    hub = tmp_path / "snapshot"
+    hub.mkdir()
+    for file in model.iterdir():
+        (hub / file.name).symlink_to(file)
+    said = refused(tmp_path, base, [str(hub), *models[1:]], [], model / "config.json")
+    assert "lies among the files of --model snapshot" in said
+    measure(".", models[1:], [], tmp_path / "metrics.json")
 
 
 def test_models_and_rows_must_match(given, tmp_path):
@@ -234,11 +325,14 @@ def test_models_of_other_shapes_and_with_nan_are_refused(given, tmp_path):
         measure(base, [f"copy={tmp_path / 'models' / 'broken'}", *models[1:]], data, tmp_path / "m.json", only={"gradients"})
 
 
-def test_an_output_that_cannot_be_written_is_told_first(given, tmp_path):
+def test_an_output_that_cannot_be_written_is_told_first(given, tmp_path, monkeypatch):
     place = tmp_path / "locked"
     place.mkdir()
     (tmp_path / "file").write_text("")
     assert "cannot be written to" in refused(tmp_path, given[0], given[1], [], tmp_path / "file" / "m.json")
+    with monkeypatch.context() as patch:  # as /proc says
+        patch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError(2, "No such file or directory")))
+        assert "cannot write beside it (No such file" in refused(tmp_path, given[0], given[1], [], tmp_path / "m.json")
     place.chmod(stat.S_IRUSR | stat.S_IXUSR)
     if os.access(place, os.W_OK):
         pytest.skip("this user may write anywhere")

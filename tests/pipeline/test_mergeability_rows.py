@@ -260,3 +260,17 @@ def test_rows_that_are_tokens_already_are_drawn_and_taken_as_they_are(tiny_base,
     lines[3]["response"] = [0] * len(lines[3]["response"])
     with pytest.raises(MixtureError, match=r"tokens.jsonl:4: wanted"):
         read_calibration([str(write_rows(file, lines))], TASKS, tiny_base, samples=4, seed=0)
+
+
+def test_tokens_of_a_thousand_digits_and_rows_without_end(tiny_base, tmp_path):
+    for number in (10**21, 2**31, -1):
+        row = {"task": "copy", "input_ids": [1, number], "response": [0, 1]}
+        with pytest.raises(MixtureError, match=r"big.jsonl:1: wanted .* token numbers from 0 to 2,147,483,647"):
+            read_calibration([str(write_rows(tmp_path / "big.jsonl", [row]))], ["copy"], tiny_base, samples=4, seed=0)
+    deep, whole = "[" * 200_000 + "]" * 200_000, '{"prompt": "a", "completion": "b"}'
+    tokens = '{"input_ids": [1, 2], "response": [0, 1]}'
+    for name, text in (("a.jsonl", f'{{"prompt": {deep}}}'), ("b.jsonl", f'{whole}\n{{"prompt": {deep}}}'),
+                       ("c.json", f"[{whole}, {deep}]"), ("d.jsonl", f'{tokens}\n{{"input_ids": {deep}}}')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(MixtureError, match=rf"{name}.*nested too deep"):
+            read_calibration([f"copy={tmp_path / name}"], ["copy"], tiny_base, samples=4, seed=0)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,6 +235,91 @@ def test_ends_where_inverse_iteration_fails(monkeypatch):
     assert abs(plain.low.T @ other.low) == pytest.approx(np.eye(30), abs=1e-9)
 
 
+def capsule(signature: str) -> object:
+    """One of a C function that would end the program if it were called."""
+    new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    SIGNATURES.append(ctypes.create_string_buffer(signature.encode()))
+    return new(("PyCapsule_New", ctypes.pythonapi))(1, ctypes.addressof(SIGNATURES[-1]), None)
+
+
+SIGNATURES: list[ctypes.Array] = []  # which no capsule owns
+
+
+@pytest.fixture()
+def anew():
+    """LAPACK is looked for in this test, and again after it."""
+    known = (eigen._routines, eigen.native)
+    for one in known:
+        one.cache_clear()
+    yield
+    for one in known:
+        one.cache_clear()
+
+
+TYPES = {"c": "char *", "i": "int *", "d": "__pyx_t_5scipy_6linalg_13cython_lapack_d *"}
+
+
+@pytest.mark.parametrize("change", [
+    lambda said: said.replace("int *", "long *"), lambda said: said.replace("int *", "int64_t *"),
+    lambda said: said.replace("int *", "__pyx_t_5scipy_6linalg_13cython_lapack_blas_int *"),
+    lambda said: said.replace("lapack_d *", "lapack_s *"), lambda said: said.replace("void (", "int ("),
+    lambda said: said.replace("(char *, ", "("), lambda said: said + ", int *", lambda said: ""])
+def test_routines_that_are_not_declared_as_known_are_not_called(monkeypatch, anew, change):
+    table = {n: capsule(f"void ({', '.join(TYPES[k] for k in kinds)})") for n, kinds in eigen.ARGUMENTS.items()}
+    monkeypatch.setattr(eigen, "cython_lapack", SimpleNamespace(__pyx_capi__=table))
+    assert eigen._routine(eigen.cython_lapack, "dormtr") is not None
+    table["dormtr"] = capsule(change(f"void ({', '.join(TYPES[k] for k in eigen.ARGUMENTS['dormtr'])})"))
+    assert eigen._routine(eigen.cython_lapack, "dormtr") is None and not eigen.native()
+
+
+@pytest.mark.parametrize("table", [SimpleNamespace(), SimpleNamespace(__pyx_capi__={}),
+                                   SimpleNamespace(__pyx_capi__=dict.fromkeys(eigen.ARGUMENTS, 1))])
+def test_routines_that_are_not_there_are_done_without(monkeypatch, anew, table):
+    assert eigen.native()  # on the machines that this is tested on
+    for one in (eigen._routines, eigen.native):
+        one.cache_clear()
+    monkeypatch.setattr(eigen, "cython_blas", table)
+    assert not eigen.native()
+
+
+@pytest.mark.parametrize("wrong", ["dsyrk", "dsterf", "dstein"])
+def test_routines_that_are_wrong_about_a_small_matrix_are_not_called_again(monkeypatch, anew, wrong):
+    call = eigen._call
+
+    def lying(name: str, *arguments: object) -> int:
+        info = call(name, *arguments)
+        if name == wrong:
+            next(a for a in reversed(arguments) if isinstance(a, np.ndarray) and a.dtype == float and a.size > 4)[:] *= 1.5
+            if name == "dstein":
+                arguments[7][:] = arguments[7][::-1]
+        return info
+
+    monkeypatch.setattr(eigen, "_call", lying)
+    assert not eigen.native()
+
+
+def test_without_lapack_numpy_gives_the_same(tmp_path, monkeypatch, anew):
+    shapes = {"tall": (330, 260), "wide": (210, 400), "low": (250, 230), "small": (40, 30), "norm": (64,)}
+    for i in range(4):
+        tensors = state(i, shapes=shapes)
+        if i:
+            tensors["low"] = draw(shapes["low"], 2) + draw((250, 4 + i), 7 + i) @ draw((4 + i, 230), 17 + i)
+        write(tmp_path / str(i), tensors)
+    folders = {str(i): tmp_path / str(i) for i in (1, 2, 3)}
+    assert eigen.native()
+    plain = weight_metrics(tmp_path / "0", folders, journal=tmp_path / "journal")
+    held = bytes_held((300, 300), 3)
+    monkeypatch.setattr(eigen, "_routines", dict)
+    eigen.native.cache_clear()
+    calls, said = [], []
+    monkeypatch.setattr(eigen, "_call", lambda name, *_: calls.append(name))
+    found = weight_metrics(tmp_path / "0", folders, journal=tmp_path / "journal", tell=said.append)
+    assert not calls and not said  # the journal of the other way is not gone on with
+    for pair, wanted in plain.pairs.items():
+        assert found.pairs[pair] == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+    assert bytes_held((300, 300), 3) > held  # of numpy's copies
+
+
 def test_a_pair_has_no_order_and_scaling_leaves_what_has_no_scale(models, tmp_path):
     base, folders = models
     there = weight_metrics(base, folders).pairs
@@ -341,12 +428,17 @@ def test_remarks_on_a_model_given_twice_and_on_a_shared_offset(tmp_path, models)
     found = weight_metrics(base, {"one": folders["one"], "copy": folders["one"]}, tell=said.append)
     assert found.pairs["one", "copy"]["task_vector_cosine_similarity"] == pytest.approx(1)
     assert found.pairs["one", "copy"]["right_subspace_overlap_bottom_k"] == pytest.approx(1)
-    assert "one and copy are the same model" in said[0]
-    assert "mean cosine of 1.000" in said[1] and "base" in said[1]
-    offset = {n: write(tmp_path / "offset" / n, {t: x + 1 for t, x in state(i + 1).items()}) for i, n in enumerate(PAIR)}
+    assert len(said) == 1 and "one and copy are the same model" in said[0]
+    offset = {n: write(tmp_path / "offset" / n, {t: x + 1 for t, x in state(i + 1).items()})
+              for i, n in enumerate((*PAIR, "three", "four"))}
     said.clear()
     weight_metrics(base, offset, tell=said.append)
     assert len(said) == 1 and "share an offset" in said[0]
+    said.clear()
+    few = {n: offset[n] for n in PAIR} | {"again": offset["one"]}  # two models, whatever they are called
+    weight_metrics(base, few, tell=said.append)
+    assert len(said) == 2 and "one and again are the same model" in said[0]
+    assert said[1].startswith("one and two are nearly the same model: their task vectors have a cosine of 0.9")
     said.clear()
     weight_metrics(base, folders, tell=said.append)
     assert said == []
@@ -372,6 +464,8 @@ def test_other_architectures(tmp_path, models):
     with pytest.raises(ShapeMismatch) as error:
         weight_metrics(base, folders | {"other": write(tmp_path / "other", other)})
     assert all(f"'{name}'" in str(error.value) for name in ("norm.weight", "more.weight", "pos.embed"))
+    assert f"tensor 'more.weight': other ({tmp_path / 'other'}) has it" in str(error.value)
+    assert " branch" not in str(error.value)
 
 
 def test_the_base_itself_and_numbers_that_are_none(tmp_path, models):

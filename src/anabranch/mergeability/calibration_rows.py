@@ -10,6 +10,7 @@ aside. They must be of the base's own tokenizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from anabranch.model import load_tokenizer
 from anabranch.recipe import EvaluateSection, MixtureSection, Recipe, Source
 from anabranch.recipe import Model as ModelSection
 from anabranch.rows import Rows, generator
-from anabranch.sources import Located, detect_format, locate, read_rows
+from anabranch.sources import Located, detect_format, is_hub_id, locate, read_rows
 
 TASK = "task"
 TOKENS = {"input_ids", "response"}
+MOST = 2**31 - 1  # the largest number of a token that rows hold
+TOO_DEEP = ("a row's lists or objects are nested too deep to be read (a thousand levels or so). Rows hold text and turns of "
+            "chats; mend the file or give another.")
 NO_RESPONSES = ("Scores and gradients are of the loss on responses; without responses only `--only weights,activations` can be "
                 "measured.")
 
@@ -36,6 +40,16 @@ def named(entry: str) -> tuple[str | None, str]:
     if not equals or "/" in name or Path(entry).exists():
         return None, entry
     return name.strip(), path
+
+
+def data_files(data: Sequence[str]) -> list[Path]:
+    """The files behind the entries; of what cannot be found, none."""
+    found = []
+    for _, path in map(named, data):
+        if Path(path).exists() or not is_hub_id(path):  # nothing is fetched
+            with suppress(MixtureError):
+                found += [file for _, file in locate(path, Source(path=path), "train", Path.cwd()).files]
+    return found
 
 
 def read_calibration(data: Sequence[str], tasks: Sequence[str], base: Path, *, samples: int, seed: int, labels: bool = True,
@@ -65,6 +79,8 @@ def read_calibration(data: Sequence[str], tasks: Sequence[str], base: Path, *, s
                 texts.append(entry)
         except MixtureError as error:
             problems.append(f"--data {entry}: {error}")
+        except RecursionError:
+            problems.append(f"--data {entry}: {TOO_DEEP}")
     if problems:
         raise MixtureError.of("the calibration rows cannot be read:", problems)
     excluded: list[Exclusion] = []
@@ -97,6 +113,8 @@ def _read(sources: list[Source], texts: list[str], base: Path, samples: int, see
         return held_out_rows(recipe, load_tokenizer(base))
     except MixtureError as error:
         raise MixtureError(_in_our_words(str(error), texts)) from error
+    except RecursionError as error:
+        raise MixtureError(f"--data {', '.join(texts)}: {TOO_DEEP}") from error
 
 
 def _locate(entry: str, tasks: Sequence[str]) -> tuple[Located, set[str]]:
@@ -137,9 +155,10 @@ def _tokenised(entry: str, found: Located, samples: int, seed: int, max_length: 
     for where, row in _raw(found):
         ids, mask, task = row.get("input_ids"), row.get("response"), name or row.get(TASK)
         if not (isinstance(task, str) and isinstance(ids, list) and isinstance(mask, list) and len(ids) == len(mask)
-                and all(type(i) is int and i >= 0 for i in ids) and all(m in (0, 1) for m in mask) and any(mask[1:])):
-            raise MixtureError(f"{where}: wanted `input_ids` and `response`, two lists of one length, with a 1 in `response` "
-                               f"where the loss is taken, behind the first token{'' if name else f', and a `{TASK}`'}.")
+                and all(type(i) is int and 0 <= i <= MOST for i in ids) and all(m in (0, 1) for m in mask) and any(mask[1:])):
+            raise MixtureError(f"{where}: wanted `input_ids` and `response`, two lists of one length: token numbers from 0 to "
+                               f"{MOST:,}, and a 1 where the loss is taken, behind the first token"
+                               f"{'' if name else f'; and a `{TASK}`'}.")
         pools.setdefault(task, []).append((ids, mask))
     rows = {}
     for task, pool in pools.items():

@@ -108,7 +108,7 @@ def data_metrics(base: Path, models: Mapping[str, Path], calibration: Mapping[st
         models: task -> folder of the model tuned on it; all trained from `base`.
         calibration: task -> its rows, for each of these tasks; with responses, unless `parts` is ('activations',).
         journal: folder for what is measured of each model; what lies there from the same model, rows and settings is
-            used. Holds 4 P bytes per model for gradients; whoever calls removes it.
+            used. Holds 8 P bytes per model for gradients, its own and the base's; whoever calls removes it.
         parts: of PARTS.
         hashes: label ('base' and tasks) -> hash of its weights, where already known.
     Raises:

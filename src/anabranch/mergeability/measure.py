@@ -4,6 +4,7 @@
 
 While it is under way, what is known of single models lies in a hidden folder beside the output, `.NAME.journal`; a later
 call goes on from there, and only with what was made from the same models, rows and settings. It is removed at the end.
+Gradients are its bulk: 8 bytes per parameter and model (of each model, and of the base on the same rows, in float32).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from anabranch.engine.memory import occupied
 from anabranch.engine.output import existing_parent
 from anabranch.errors import AnabranchError, OutputError, RecipeError, closest
 from anabranch.mergeability.artifacts import MeasuredModel, MeasuredPair, Metrics
-from anabranch.mergeability.calibration_rows import named, read_calibration
+from anabranch.mergeability.calibration_rows import data_files, named, read_calibration
 from anabranch.mergeability.data import (
     ACTIVATIONS,
     BATCH_TOKENS,
@@ -64,7 +65,7 @@ class Job:
     parts: tuple[str, ...]
     labels: dict[str, str]
     settings: dict[str, float | int | str]
-    base: Path = Path()
+    base: Path = Path()  # until it is found
     folders: dict[str, Path] = field(default_factory=dict)
     rows: dict[str, Rows] = field(default_factory=dict)
     unmeasured: dict[str, str] = field(default_factory=dict)
@@ -87,6 +88,10 @@ def measure(base: str, models: Sequence[str], data: Sequence[str] | Mapping[str,
             tell: Tell = lambda _: None, progress: Progress = lambda *_: None) -> Metrics:
     """Measure every pair of models and write `output`.
 
+    A pair's activation metrics are means over the rows of all tasks given, as published, so they change with the company
+    that the two are measured in. Models that are to be compared with those of a table (for a prediction) are measured in
+    one call with the table's models, on the same rows, `samples` and `seed`.
+
     Args:
         base: folder or Hub id of the model that all were trained from.
         models: 'PATH' or 'NAME=PATH', folders or Hub ids; the name, by default the folder's, is the task's.
@@ -95,13 +100,15 @@ def measure(base: str, models: Sequence[str], data: Sequence[str] | Mapping[str,
         only: of weights, activations, gradients, scores; None: all that the data allow.
         samples: calibration rows of each task.
     Returns:
-        What was written. `Metrics.left_out` tells what was not measured and why.
+        What was written. `Metrics.left_out` tells what was not measured, of all pairs or of some, and why.
     Raises:
         AnabranchError: every problem with the arguments, models and rows in one message, before anything is measured.
     """
     keep_buffers()
     job = _prepare(base, models, data, output, only, samples, seed, max_length, tell)
     with _journal(job, tell):
+        if ACTIVATIONS in job.parts:
+            tell(_company(len(job.folders)))
         hashes = _hashes(job, tell, progress)
         seconds: dict[str, float] = {}
         weights, rows = None, DataMetrics({})
@@ -115,8 +122,12 @@ def measure(base: str, models: Sequence[str], data: Sequence[str] | Mapping[str,
             seconds |= rows.seconds
         found = _result(job, hashes, weights, rows, seconds)
         found.save(job.output)
-    shutil.rmtree(job.journal, ignore_errors=True)
+        shutil.rmtree(job.journal, ignore_errors=True)  # while it is held: the next run's must not be taken for it
     return found
+
+
+def _company(tasks: int) -> str:
+    return f"activations are means over the rows of all {tasks} tasks: measure models to be compared in one go"
 
 
 def _result(job: Job, hashes: Mapping[str, str], weights: WeightMetrics | None, rows: DataMetrics,
@@ -127,7 +138,6 @@ def _result(job: Job, hashes: Mapping[str, str], weights: WeightMetrics | None, 
         values = {**of_weights.get(pair, {}), **rows.pairs.get(pair, {})}
         pairs.append(MeasuredPair(task1=pair[0], task2=pair[1], metrics={
             name: values[name] for name in METRICS if name in values and math.isfinite(values[name])}))
-    there = {name for pair in pairs for name in pair.metrics}
     reasons = _reasons(job, rows) | (weights.left_out if weights is not None else {})
     models = [MeasuredModel(
         task=task, folder=text, sha256=hashes[task], norm=weights.norms[task] if weights is not None else None,
@@ -135,8 +145,18 @@ def _result(job: Job, hashes: Mapping[str, str], weights: WeightMetrics | None, 
     made_from = {"base": hashes[BASE]} | ({"rows": job.calibration_hash} if job.data_parts else {})
     return Metrics(
         base=job.base_text, models=models, pairs=pairs, made_from=made_from, settings=job.settings, seconds=seconds,
-        left_out={name: reasons.get(name, "not defined for these models") for name in METRICS if name not in there},
+        left_out=_left_out(pairs, reasons),
         excluded_tensors=weights.excluded if weights is not None else {})
+
+
+def _left_out(pairs: Sequence[MeasuredPair], reasons: Mapping[str, str]) -> dict[str, str]:
+    """Metric -> why it is missing; where only some pairs lack it, in how many."""
+    found = {}
+    for name in METRICS:
+        if lacking := sum(name not in pair.metrics for pair in pairs):
+            why = reasons.get(name, "not defined for these models")
+            found[name] = why if lacking == len(pairs) else f"in {lacking} of {len(pairs)} pairs: {why}"
+    return found
 
 
 def _reasons(job: Job, rows: DataMetrics) -> dict[str, str]:
@@ -173,8 +193,10 @@ def _prepare(base: str, models: Sequence[str], data: Sequence[str] | Mapping[str
     if job.data_parts:
         job.settings |= {"samples": samples, "seed": seed, "max_length": max_length, "batch_tokens": BATCH_TOKENS,
                          "dtype": "float32"}
-    ready = _find(job, problems)
-    problems += _unlike(job)
+    opened, ready = _find(job, problems)
+    if opened is not None:
+        problems += _unlike(job, opened)
+    problems += _input_problems(job, [] if isinstance(data, Mapping) else data)
     if isinstance(data, Mapping):
         job.rows = {task: data[task] for task in labels} if job.data_parts else {}
     elif job.data_parts and data and samples >= 1 and ready:
@@ -231,17 +253,30 @@ def _output_problems(output: Path) -> list[str]:
     return []
 
 
-def _find(job: Job, problems: list[str]) -> bool:
-    """Resolve base and models into the job; True if the base is usable."""
+def _input_problems(job: Job, data: Sequence[str]) -> list[str]:
+    """An output that would take the place of what is read."""
+    output = job.output.resolve()
+    if output in {path.resolve() for path in data_files(data)}:
+        return [f"--output {job.output}: is a file of --data, and would be overwritten. Give another name."]
+    folders = {"--base": job.base} if job.base != Path() else {}
+    for what, folder in (folders | {f"--model {task}": folder for task, folder in job.folders.items()}).items():
+        # the files of a model fetched from the Hub are links
+        if output.parent == folder.resolve() or output in {path.resolve() for path in folder.iterdir() if path.is_file()}:
+            return [f"--output {job.output}: lies among the files of {what}, {folder}. Give another place."]
+    return []
+
+
+def _find(job: Job, problems: list[str]) -> tuple[Checkpoint | None, bool]:
+    """Resolve base and models into the job. (the base, if it opens; whether it can also be used as what is measured wants)"""
+    base, ready = None, False
     try:
-        job.base = resolve(job.base_text)
+        job.base = resolve(job.base_text).absolute()
+        base = Checkpoint.open(job.base)
         if job.data_parts:
             resolve_model(ModelSection(path=str(job.base)))  # rows want a tokenizer
-        Checkpoint.open(job.base)
         ready = True
     except AnabranchError as error:
         problems.append(f"--base {job.base_text}: {error}")
-        ready = False
     for task, path in job.labels.items():
         try:
             job.folders[task] = resolve(Path(path).expanduser() if Path(path).expanduser().is_dir() else path)
@@ -249,17 +284,12 @@ def _find(job: Job, problems: list[str]) -> bool:
         except AnabranchError as error:
             job.folders.pop(task, None)
             problems.append(f"--model {task}: {error}")
-    return ready
+    return base, ready
 
 
-def _unlike(job: Job) -> list[str]:
+def _unlike(job: Job, opened: Checkpoint) -> list[str]:
     """Models of another architecture than the base's, by config.json; the tensors are compared where they are read."""
-    if job.base == Path():
-        return []
-    try:
-        base, problems = Checkpoint.open(job.base).config.get("model_type"), []
-    except AnabranchError:  # told already
-        return []
+    base, problems = opened.config.get("model_type"), []
     for task, folder in job.folders.items():
         other = Checkpoint.open(folder).config.get("model_type")
         if other != base:
@@ -283,17 +313,8 @@ def _hashes(job: Job, tell: Tell, progress: Progress) -> dict[str, str]:
 @contextmanager
 def _journal(job: Job, tell: Tell) -> Iterator[None]:
     """The hidden folder, held against a second measurement into the same output. Empty, it does not stay behind."""
+    handle = _locked(job)
     try:
-        job.journal.mkdir(parents=True, exist_ok=True)
-        handle = os.open(job.journal, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(f"--output {job.output}: cannot write beside it ({error.strerror}). Give another place.") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process
-        except BlockingIOError as error:
-            raise OutputError(f"--output {job.output}: another process is measuring into it. Wait for it, or give another "
-                              "place.") from error
         _check_space(job)
         yield
     except AnabranchError:
@@ -303,12 +324,38 @@ def _journal(job: Job, tell: Tell) -> Iterator[None]:
                  "folder if you give up.")
         raise
     finally:
-        os.close(handle)
         for folder in sorted((p for p in job.journal.rglob("*") if p.is_dir()), reverse=True):
             with suppress(OSError):
                 folder.rmdir()
         with suppress(OSError):
             job.journal.rmdir()
+        os.close(handle)  # the last thing: from here on the folder is another's
+
+
+def _locked(job: Job) -> int:
+    """A handle that holds the journal's folder, made if it is not there. The lock goes with the process."""
+    while True:
+        try:
+            job.journal.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"--output {job.output}: cannot write beside it ({error.strerror}). Give another "
+                              "place.") from error
+        try:
+            handle = os.open(job.journal, os.O_RDONLY)
+        except FileNotFoundError:  # removed in between, by the run that held it
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise OutputError(f"--output {job.output}: another process is measuring into it. Wait for it, or give another "
+                              "place.") from error
+        except OSError:
+            pass  # a file system without locks: go on unprotected, as merges do
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(job.journal)):
+                return handle
+        os.close(handle)  # the folder was removed before it could be held
 
 
 def _gradient_bytes(job: Job) -> int:
@@ -356,13 +403,16 @@ def _row_lines(job: Job) -> list[str]:
     forward, backward = _probe(live, every, GRADIENTS in job.parts)
     entries, models = sum(p.numel() for p in live.parameters.values()), len(job.folders)
     spill = _gradient_bytes(job)
+    if ACTIVATIONS in job.parts:
+        lines.append(f"            {_company(models)}")
     if ACTIVATIONS in job.parts or SCORES in job.parts:
         passes, rows = models + 1, len(every)
         lines.append(f"forward     {passes} models x {rows:,} rows: {passes * rows:,} row passes, about "
                      f"{passes * int(every.lengths.sum()) * forward:,.0f} s")
     if GRADIENTS in job.parts:
         lines.append(f"backward    {models} models, each on its own rows, and the base: {2 * len(every):,} row passes, about "
-                     f"{2 * int(every.lengths.sum()) * backward:,.0f} s; {spill:,} bytes beside the output until then")
+                     f"{2 * int(every.lengths.sum()) * backward:,.0f} s; {spill:,} bytes beside the output until then (8 per "
+                     "parameter and model)")
     held = entries * 4 * (2 if GRADIENTS in job.parts else 1)
     lines.append(f"memory      about {(held + occupied() - entries * 4) / 1e9:,.1f} GB and the activations of {BATCH_TOKENS:,} "
                  "tokens")

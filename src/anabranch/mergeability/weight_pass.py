@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anabranch.mergeability.eigen import EPS, Ends, add_gram, ends
+from anabranch.mergeability.eigen import EPS, Ends, add_gram, ends, native
 from anabranch.mergeability.metrics import DIRECTIONS, matrix_metrics
 
 Floats = NDArray[np.float64]
@@ -102,7 +102,8 @@ def bytes_held(shape: Sequence[int], models: int) -> int:
     if len(shape) != 2:
         return 8 * pieces
     kept = models * KEPT
-    return 8 * (pieces + across * (across + 4 * KEPT) + kept * (across + lines) + 6 * kept * kept)
+    matrices = 1 if native() else 5  # numpy computes all eigenvectors, in copies
+    return 8 * (pieces + across * (matrices * across + 4 * KEPT) + kept * (across + lines) + 6 * kept * kept)
 
 
 def tensor_numbers(base: Tensor, models: Sequence[Tensor], memory: Memory,

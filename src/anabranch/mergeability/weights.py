@@ -33,9 +33,10 @@ from anabranch.artifacts import digest
 from anabranch.engine.blocks import MERGED, Buffers
 from anabranch.engine.checkpoint import ITEM_SIZES, Checkpoint, checkpoint_hash
 from anabranch.engine.memory import occupied
+from anabranch.engine.plan import label as numbered
 from anabranch.engine.plan import line_up
 from anabranch.errors import AnabranchError, ModelError, RecipeError
-from anabranch.mergeability.eigen import add_gram, ends
+from anabranch.mergeability.eigen import add_gram, ends, native
 from anabranch.mergeability.journal import Journal
 from anabranch.mergeability.metrics import (
     DIRECTIONS,
@@ -64,6 +65,8 @@ BASE = "base"
 VERSION = 1
 # Mean cosine of the pairs above which a common offset is likelier than tasks that agree.
 SUSPICIOUS = 0.9
+# Different models from which on this is said of all; of fewer, two are called nearly the same.
+LEAST_OFFSET = 4
 MOST_THREADS = 8
 # Numbers that are compared, or looked at for NaN, at a time.
 CHUNK = 1 << 20
@@ -77,7 +80,7 @@ class WeightMetrics:
     norms     task -> L2 norm of its task vector;   base_norm: of the base, over the same tensors
     hashes    'base' and tasks -> hash of config and weights
     excluded  tensor -> why it is in no metric
-    left_out  metric -> why no pair has it
+    left_out  metric -> why a pair lacks it, of those that one lacks
     seconds   wall time, hashing included
     """
 
@@ -114,7 +117,7 @@ def weight_metrics(base: Path, models: Mapping[str, Path], *, journal: Path | No
     for one, other in combinations(models, 2):
         if known[one] == known[other]:
             tell(f"{one} and {other} are the same model ({models[one]}, {models[other]}): their pair says nothing.")
-    key = digest({"version": VERSION, "checkpoints": [known[label] for label in (BASE, *models)]})
+    key = digest({"version": VERSION, "native": native(), "checkpoints": [known[label] for label in (BASE, *models)]})
     with Journal(journal, key) as kept, threadpool_limits(1):  # sums must not depend on how many threads BLAS has
         numbers = {name: TensorNumbers.from_json(value) for name, value in kept.done.items() if name in opened.names}
         if numbers:
@@ -126,7 +129,7 @@ def weight_metrics(base: Path, models: Mapping[str, Path], *, journal: Path | No
     excluded = opened.excluded | {name: "no model moved it" for name in opened.names if name not in moved}
     sums = _Sums.of([numbers[name] for name in moved])
     pairs = {(one, other): sums.pair(i, j, list(models)) for (i, one), (j, other) in combinations(enumerate(models), 2)}
-    _remark_on_offset(pairs, tell)
+    _remark_on_offset(pairs, known, tell)
     return WeightMetrics(pairs, dict(zip(models, np.sqrt(np.diag(sums.gram)).tolist(), strict=True)), sqrt(sums.base), known,
                          dict(sorted(excluded.items())), _left_out(pairs), round(time.monotonic() - begun, 3))
 
@@ -170,7 +173,7 @@ class _Opened:
         excluded = {name: f"{info.dtype}: integers have no update" for name, info in opened[BASE].tensors.items()
                     if _is_integer(info.dtype)}
         root, others = _floats_of(opened[BASE]), {task: _floats_of(opened[f"{task} "]) for task in models}
-        names = line_up(root, list(others.values()))
+        names = _lined_up(root, others)
         excluded |= {name: "the output head of some models only; config.json ties it to the input embedding"
                      for name in root.tensors if name not in names}
         for name in [n for n in names if n.split(".")[-2:] == ["lm_head", "weight"]]:
@@ -185,6 +188,17 @@ class _Opened:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.base.tensors[name].shape
+
+
+def _lined_up(base: Checkpoint, models: Mapping[str, Checkpoint]) -> list[str]:
+    """`line_up`, which numbers what it compares, with tasks named in what it raises."""
+    try:
+        return line_up(base, list(models.values()))
+    except AnabranchError as error:
+        message = str(error).replace("every branch must", "every model must").replace("Train the branch", "Train the model")
+        for k, (task, model) in enumerate(models.items()):
+            message = message.replace(numbered(k, model), f"{task} ({model.folder})")
+        raise type(error)(message) from error
 
 
 def _is_integer(dtype: str) -> bool:
@@ -305,13 +319,25 @@ class _Sums:
 
 def _left_out(pairs: Mapping[tuple[str, str], Mapping[str, float]]) -> dict[str, str]:
     reasons = dict.fromkeys(MATRIX_METRICS, "there is no matrix that both models of a pair moved") | {
-        "sign_conflict": "the models of each pair moved different weights"}
+        "sign_conflict": "the two models moved different weights"}
     return {name: reasons.get(name, "there is no tensor that both models of a pair moved") for name, metric in METRICS.items()
-            if metric.needs == "weights" and not any(name in found for found in pairs.values())}
+            if metric.needs == "weights" and not all(name in found for found in pairs.values())}
 
 
-def _remark_on_offset(pairs: Mapping[tuple[str, str], Mapping[str, float]], tell: Tell) -> None:
-    mean = sum(found["task_vector_cosine_similarity"] for found in pairs.values()) / len(pairs)
+def _remark_on_offset(pairs: Mapping[tuple[str, str], Mapping[str, float]], hashes: Mapping[str, str], tell: Tell) -> None:
+    """Of models that are the same has been told: of each, one counts. Few that agree say little of the base."""
+    first: dict[str, str] = {}
+    for task in (task for pair in pairs for task in pair):
+        first.setdefault(hashes[task], task)
+    cosines = {pair: found["task_vector_cosine_similarity"] for pair, found in pairs.items()
+               if all(first[hashes[task]] == task for task in pair)}
+    if len(first) < LEAST_OFFSET:
+        for (one, other), cosine in cosines.items():
+            if cosine > SUSPICIOUS:
+                tell(f"{one} and {other} are nearly the same model: their task vectors have a cosine of {cosine:.3f}. Two "
+                     "checkpoints of one training run? Or the base is not the checkpoint that they were trained from.")
+        return
+    mean = sum(cosines.values()) / len(cosines)
     if mean > SUSPICIOUS:
         tell(f"the task vectors of all pairs have a mean cosine of {mean:.3f}. Tasks seldom agree so well: the base may not be "
              "the checkpoint that these models were trained from, so that they share an offset. Give that checkpoint; where "
