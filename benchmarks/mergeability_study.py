@@ -9,6 +9,8 @@ Each table: NAME=TABLE,BASE_SCORES,SETS; the last two may be empty. Writes resul
     best            share of pairs for which each method is best
     likeness        correlation of pair scores between methods
     partner         mean over left-out tasks of r with: minus the partner's gap; the partner's mean over its other merges
+    level           rank correlation of each metric with the score, by method
+    interaction     r of what task effects leave of a metric with what they leave of the score: what only the pair can tell
     inputs          mean r of our rule on tasks left out, and on several left out, with only some of its inputs
 """
 
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from anabranch.mergeability.fitting import REDUNDANT
 from anabranch.mergeability.metrics import METRICS
@@ -64,7 +67,8 @@ def study(path: Path, base: str | None, sets: Path | None, draws: int) -> dict[s
              "mean": {m: float(table.normalised(m).mean()) for m in methods},
              "additive": {m: additive(table, table.normalised(m)) for m in methods},
              "best": best(table, methods), "likeness": likeness(table, methods), "partner": partner(table, methods),
-             "trials": [t.model_dump() for t in judged],
+             "level": level(table, methods),
+             "interaction": interaction(table, methods), "trials": [t.model_dump() for t in judged],
              "inputs": by_inputs(table, methods, draws)}
     if sets is not None:
         found["sets"] = dict(set_trials(pair_scores(predictor, whole), read_sets(sets)))
@@ -118,6 +122,30 @@ def partner(table: Table, methods: list[str]) -> dict[str, dict[str, float]]:
     return found
 
 
+def metrics_of(table: Table) -> dict[str, np.ndarray]:
+    """Of the pair; of what belongs to either task the mean."""
+    return {name: v if v.ndim == 1 else v.mean(axis=1) for name, v in inputs_of(table).items()}
+
+
+def level(table: Table, methods: list[str]) -> dict[str, dict[str, float]]:
+    return {name: {m: float(spearmanr(v, table.normalised(m))[0]) for m in methods}
+            for name, v in metrics_of(table).items() if np.ptp(v) > 0}
+
+
+def interaction(table: Table, methods: list[str]) -> dict[str, dict[str, float]]:
+    def left(values: np.ndarray) -> np.ndarray:
+        a = effects(table, values)
+        return values - a[0] - membership(table) @ a[1:]
+
+    scores = {m: left(table.normalised(m)) for m in methods}
+    found = {}
+    for name, values in metrics_of(table).items():
+        own = left(values)
+        if own.std() > 1e-6 * max(values.std(), 1e-12):
+            found[name] = {m: float(np.corrcoef(own, scores[m])[0, 1]) for m in methods}
+    return found
+
+
 def by_inputs(table: Table, methods: list[str], draws: int) -> dict[str, dict[str, float]]:
     """Mean r over methods, with one and with several tasks left out. Task effects are in: they need no input."""
     def without(names: set[str], gap: bool) -> Table:
@@ -162,6 +190,9 @@ def show(name: str, found: Mapping[str, Any]) -> None:
     for words, values in found["inputs"].items():
         print(f"inputs: {words:24} one left out {values['1']:.3f}, several {values['2']:.3f}, "
               f"coverage {values['coverage']:.3f}")
+    pairwise = sorted(found["interaction"].items(), key=lambda item: -float(np.mean(np.abs(list(item[1].values())))))
+    for words, values in pairwise[:5]:
+        print(f"interaction: {words:40}" + " ".join(f"{m} {values[m]:+.2f}" for m in methods))
     likeness = sorted(found["likeness"].items(), key=lambda item: -item[1])
     print("most alike: " + "; ".join(f"{pair} {r:.3f}" for pair, r in likeness[:3]))
     for words, value in found.get("sets", {}).items():

@@ -43,7 +43,10 @@ def test_every_command_in_readme_exists_and_takes_these_options():
     lines = [line.split("#")[0].split() for _, text in BLOCKS for line in text.splitlines() if line.startswith("anabranch ")]
     assert len(lines) >= 6
     for _, name, *arguments in lines:
-        options = {o for p in commands[name].params for o in p.opts}
+        command = commands[name]
+        while hasattr(command, "commands"):  # a group of commands
+            command = command.commands[arguments.pop(0)]
+        options = {o for p in command.params for o in p.opts}
         assert {a for a in arguments if a.startswith("--")} <= options, (name, arguments)
         if "--methods" in arguments:
             parse_arms(arguments[arguments.index("--methods") + 1])
@@ -76,6 +79,32 @@ def test_figures_of_the_regimes_are_those_of_their_record():
     assert len(rows) == len({key[:2] for key in means})
     for cell, place, *told in rows:
         assert told == [f"{means[cell, place, part]:+.3f}" for part in ("merit:2 - joint", "near", "merging", "split")]
+
+
+def test_figures_of_mergeability_are_those_of_their_record():
+    tables = json.loads((ROOT / "benchmarks" / "results" / "mergeability_study.json").read_text())["tables"]
+
+    def mean(table, rule, unseen, field="r"):
+        found = [t[field] for t in table["trials"] if (t["rule"], t["unseen"]) == (rule, unseen)]
+        assert len(found) == len(table["methods"])
+        return sum(found) / len(found)
+
+    def both(table, field, digits, scale=1.0, rule="ours"):
+        return ", ".join(f"{scale * mean(table, rule, u, field):{digits}}" for u in (1, 2))
+
+    section = README.split("## Which models merge well?")[1].split("\n## ")[0]
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(told) == 12
+    for column, table in enumerate((tables["vision"], tables["language"]), start=1):
+        r = [table["sets"][f"r {m}"] for m in table["methods"]]
+        regret = [100 * sum(table["sets"][f"{what} {m}"] for m in table["methods"]) / len(r)
+                  for what in ("regret", "regret of random")]
+        widths = ", ".join(f"{100 * mean(table, 'ours', u, 'width'):.1f} ({100 * mean(table, 'ours', u, 'naive_width'):.1f})"
+                           for u in (1, 2))
+        assert [row[column] for row in told] == [
+            *(f"{mean(table, rule, 1):.2f}" for rule in ("ours", "ours without task effects", "published", "task effects alone")),
+            *(f"{mean(table, rule, 2):.2f}" for rule in ("ours", "published")), both(table, "r", "+.2f", rule="shuffled"), both(table, "coverage", ".0%"),
+            widths, both(table, "answered", ".0%"), f"{min(r):.2f} to {max(r):.2f}", f"{regret[0]:.1f} ({regret[1]:.1f})"]
 
 
 # ------------------------------------------------------------------------------------------------------------- merging

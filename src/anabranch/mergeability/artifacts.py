@@ -44,7 +44,8 @@ class Metrics(Artifact):
     base: str
     models: list[MeasuredModel]
     pairs: list[MeasuredPair] = Field(description="i < j in the order of `models`")
-    left_out: dict[str, str] = Field(default_factory=dict, description="metric -> why it was not measured, of any pair or of some")
+    left_out: dict[str, str] = Field(default_factory=dict,
+                                     description="metric -> why it was not measured, of any pair or of some")
     excluded_tensors: dict[str, str] = Field(default_factory=dict, description="tensor -> why it is in no metric")
     settings: dict[str, float | int | str] = Field(description="everything that decides the figures but models and rows")
     seconds: dict[str, float] = Field(default_factory=dict, description="what took how long")
