@@ -102,8 +102,10 @@ def test_figures_of_mergeability_are_those_of_their_record():
         widths = ", ".join(f"{100 * mean(table, 'ours', u, 'width'):.1f} ({100 * mean(table, 'ours', u, 'naive_width'):.1f})"
                            for u in (1, 2))
         assert [row[column] for row in told] == [
-            *(f"{mean(table, rule, 1):.2f}" for rule in ("ours", "ours without task effects", "published", "task effects alone")),
-            *(f"{mean(table, rule, 2):.2f}" for rule in ("ours", "published")), both(table, "r", "+.2f", rule="shuffled"), both(table, "coverage", ".0%"),
+            *(f"{mean(table, rule, 1):.2f}"
+              for rule in ("ours", "ours without task effects", "published", "task effects alone")),
+            *(f"{mean(table, rule, 2):.2f}" for rule in ("ours", "published")),
+            both(table, "r", "+.2f", rule="shuffled"), both(table, "coverage", ".0%"),
             widths, both(table, "answered", ".0%"), f"{min(r):.2f} to {max(r):.2f}", f"{regret[0]:.1f} ({regret[1]:.1f})"]
 
 
