@@ -18,8 +18,10 @@ from anabranch.artifacts import Mixture
 from anabranch.engine.merging import merge_checkpoints
 from anabranch.errors import AnabranchError, CorruptedError, MixtureError, OutputError, ProvenanceError, RecipeError
 from anabranch.evaluate import score_unit
+from anabranch.mergeability.artifacts import Metrics
 from anabranch.mergeability.asked import ask, draw_sets, spread_pairs
 from anabranch.mergeability.collect import Collection, collect, collect_forecast
+from anabranch.mergeability.measure import measure
 from anabranch.mergeability.models import set_aside
 from anabranch.mergeability.outcomes import DEFAULT_METHODS, Journal, Scorer, choose_methods
 from anabranch.mergeability.table import read_table
@@ -94,8 +96,8 @@ def test_a_row_is_written_when_its_pair_is_done(collected):
 
 def test_nothing_temporary_stays(collected):
     assert sorted(p.name for p in place(collected).iterdir()) == [
-        "calibration", "collect.json", "lock", "metrics.json", "mixture", "models", "outcomes.jsonl", "sets.csv", "table.csv",
-        "train-0.log"]
+        "calibration", "calibration.jsonl", "collect.json", "lock", "metrics.json", "mixture", "models", "outcomes.jsonl",
+        "sets.csv", "table.csv", "train-0.log"]
 
 
 def held_out_score(folder: Path, base: Path, weights: dict[str, torch.Tensor] | None, task: str) -> float:
@@ -319,3 +321,20 @@ def test_the_engine_tells_how_far_a_plain_average_went(tmp_path, tiny_base):
 
 def test_the_settings_of_the_study_are_of_methods_that_there_are():
     assert tuple(m.name for m in choose_methods(DEFAULT_METHODS, [2, 4])) == DEFAULT_METHODS
+
+
+def test_the_calibration_rows_are_there_to_measure_by_again(collected, tiny_base, tmp_path):
+    """So that a new model can be measured beside those of the table, and these are recognised."""
+    known = Metrics.load(place(collected) / "metrics.json")
+    again = measure(str(tiny_base), [f"{m.task}={collected / 'run' / m.folder}" for m in known.models],
+                    [str(place(collected) / "calibration.jsonl")], tmp_path / "metrics.json", samples=24)
+    assert [m.task for m in again.models] == [m.task for m in known.models]
+    for one, other in zip(known.pairs, again.pairs, strict=True):
+        assert other.metrics == pytest.approx(one.metrics, rel=1e-3, abs=1e-5)
+
+
+def test_a_dry_run_refuses_what_the_run_would(collected):
+    asked = {k: v for k, v in ASKED.items() if k != "tell"}
+    assert any("evaluations are there" in line for line in collect_forecast(recipe_of(collected), **asked))
+    with pytest.raises(ProvenanceError, match="another training settings"):
+        collect_forecast(recipe_of(collected, {"train.learning_rate": 0.123}), **asked)

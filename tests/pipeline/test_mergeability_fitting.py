@@ -350,7 +350,14 @@ def test_predictions_of_metrics(place, fitted, metrics, tmp_path):
         assert p.score is None or p.score == pytest.approx(wanted.score[i], abs=1e-12)
     lines = words.prediction_lines(found)
     answered = sum(p.score is not None for p in found.predictions)
-    assert lines[-1].startswith(f"{answered} of 56 answered") and lines[1] == "task00 + task01"
+    assert lines[-1].startswith(f"{answered} of 56 answered")
+    scores = [max(p.score or -1.0 for p in found.predictions[i:i + 2]) for i in range(0, 56, 2)]
+    told = [float(re.search(r": \S+ (\d\.\d+) \[", line)[1]) for line in lines[1:21]]
+    assert told == [pytest.approx(s, abs=6e-4) for s in sorted(scores)[::-1][:20]] and lines[21].startswith("and 8 more pairs")
+    few = found.model_copy(update={"predictions": found.predictions[:6]})
+    assert [line for line in words.prediction_lines(few) if line.startswith("task0")] == [
+        f"{p.task1} + {p.task2}" for p in sorted(few.predictions[::2], key=lambda p: -max(
+            q.score or -1.0 for q in few.predictions if (q.task1, q.task2) == (p.task1, p.task2)))]
 
 
 def test_outcomes_of_a_query_are_not_looked_at(place, fitted, tmp_path):
@@ -366,8 +373,11 @@ def test_outcomes_of_a_query_are_not_looked_at(place, fitted, tmp_path):
 def test_reasons_are_numbered_once(place, fitted, tmp_path):
     predictions = predict_file(place / "predictor.json", place / "gaps.csv", None, None, None, tmp_path / "out.json")
     text = "\n".join(words.prediction_lines(predictions))
-    assert text.count("cannot say (1)") == 4 and text.count(f"(1) cannot say: {DISTANCE} is missing") == 1
-    assert "52 of 56 answered; of these 52 with both tasks in the table, 0 with one, 0 with none." in text
+    assert text.count(f"(1) cannot say: {DISTANCE} is missing") == 1 and "measured by `measure --data`" in text
+    assert "52 of 56 answered; of these 52 with both models in the table, 0 with one, 0 with none." in text
+    silent = [p for p in predictions.predictions if p.cannot_say]
+    text = "\n".join(words.prediction_lines(predictions.model_copy(update={"predictions": silent})))
+    assert len(silent) == 4 and text.count("cannot say (1)") == 4 and text.count("(1) cannot say:") == 1
 
 
 def test_suggestions_of_metrics(place, fitted, metrics, tmp_path):
@@ -385,11 +395,11 @@ def test_suggestions_of_metrics(place, fitted, metrics, tmp_path):
     (("metrics.json", "predictor.json"), {}, RecipeError, "metrics.json holds metrics; wanted a predictor"),
     (("predictor.json", "predictor.json"), {}, RecipeError, "predictor.json is a predictor; wanted the metrics"),
     (("table.csv", "metrics.json"), {}, CorruptedError, "table.csv: not a valid Predictor"),
-    (("gone.json", "metrics.json"), {}, CorruptedError, "gone.json: cannot be read"),
-    (("predictor.json", "gone.json"), {}, CorruptedError, "gone.json: cannot be read"),
+    (("gone.json", "metrics.json"), {}, RecipeError, "gone.json: no such file. Wanted predictor.json"),
+    (("predictor.json", "gone.json"), {}, RecipeError, "gone.json: no such file. Wanted metrics.json"),
     (("predictor.json", "gone.csv"), {}, RecipeError, "gone.csv: cannot be read"),
     (("predictor.json", "sets.csv"), {}, RecipeError, "`task3`: got `task02`"),
-    (("predictor.json", "list.json"), {}, CorruptedError, "not a valid Metrics"),
+    (("predictor.json", "list.json"), {}, RecipeError, "list.json: neither metrics.json"),
     (("list.json", "metrics.json"), {}, CorruptedError, "not a valid Predictor"),
     (("predictor.json", "metrics.json"), {"methods": ["tie"]}, RecipeError, "Did you mean `ties`?"),
     (("predictor.json", "metrics.json"), {"base": "table.csv:x"}, RecipeError, "for CSV tables"),
@@ -446,7 +456,7 @@ def test_three_commands(place, metrics, tmp_path, command):
     assert row and float(row[1]) == pytest.approx(Predictor.load(p).trials[0].r, abs=6e-4) and "Measured sets" in said
     assert all(f"predictor-{name}.png" in said for name in ("coefficients", "measured", "tasks"))
     code, said, _ = command("predict", p, metrics, "-o", out)
-    assert code == 0 and "task00 + task01" in said and "answered" in said and f"written: {out}" in said
+    assert code == 0 and "Best first" in said and "28 answered" in said and f"written: {out}" in said
     code, said, _ = command("suggest", p, metrics, "--k", 3, "-o", out)
     assert code == 0 and "Best sets of 3 (all 56 sets)" in said and Suggestion.load(out).k == 3
 
@@ -470,7 +480,7 @@ def test_commands_complain_in_one_message(place, fitted, metrics, tmp_path, comm
 def test_a_command_in_a_process_of_its_own(place, fitted, tmp_path):
     table, two = place / "table.csv", tmp_path / "two.json"
     done = anabranch("mergeability", "predict", place / "predictor.json", table, "-o", tmp_path / "out.json")
-    assert "task00 + task01" in done.stdout and json.loads((tmp_path / "out.json").read_text())["rule"] == "ours"
+    assert "Best first" in done.stdout and json.loads((tmp_path / "out.json").read_text())["rule"] == "ours"
     done = anabranch("mergeability", "predict", table, table, "-o", two, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not two.exists()
 

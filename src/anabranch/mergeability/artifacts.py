@@ -202,6 +202,8 @@ class SuggestedSet(Part):
     method: str
     score: float
     kept: dict[str, float]
+    low: float | None = Field(None, description="of a pair: its interval, as `predict` has it")
+    high: float | None = None
     gain: float | None = Field(description="mean over the tasks of predicted score - base score; None where these are unknown")
 
 

@@ -4,6 +4,8 @@ One model per task (unit) of the recipe's mixture, from the recipe's base; every
 engine; every merge scored on the held-out rows of its two tasks. What is not done is done, one pair at a time:
 
     RUN/mergeability/collect.json     methods and settings behind the table: what a later call is held to
+    RUN/mergeability/models/TASK-../model  what was tuned
+    RUN/mergeability/calibration.jsonl    the calibration rows, for `measure --data`
     RUN/mergeability/metrics.json     the predictor's inputs, measured on calibration rows that nothing else sees
     RUN/mergeability/outcomes.jsonl   one line per scored model (outcomes.py)
     RUN/mergeability/table.csv        one row per finished pair, written anew after each
@@ -19,6 +21,7 @@ import csv
 import fcntl
 import io
 import itertools
+import json
 import math
 import shutil
 import tempfile
@@ -120,8 +123,22 @@ def collect_forecast(recipe: Recipe, *, methods: Sequence[str] = DEFAULT_METHODS
         asked = ask(mixture, recipe.seed, methods, tasks, pairs, sets, k, calibration)
         reduced = task_mixture(here, mixture, asked.tasks, calibration)
         lines = cost_lines(recipe, run.base, mixture, reduced, folder_of(here) / "mixture", asked)
+    lines += _begun(run, asked)
     return [*lines, f"output     {folder_of(run)}",
             "Nothing was written. Without --dry-run the same command starts."]
+
+
+def _begun(run: Run, asked: Asked) -> list[str]:
+    """What an earlier call left. Raises ProvenanceError where its settings were others; rows and base are not looked at."""
+    folder = folder_of(run)
+    if not (folder / "collect.json").exists():
+        return []
+    known = Collection.load(folder / "collect.json").made_from
+    if changed := [k for k, v in _settings(run, asked.calibration).items() if known.get(k) != v]:
+        raise _another(folder, changed)
+    journal = folder / "outcomes.jsonl"
+    finished = journal.read_bytes().count(b"\n") if journal.exists() else 0
+    return [f"done       {finished:,} evaluations are there, and are not made again (they are counted above)"]
 
 
 def describe(run: Run, mixture: Mixture, asked: Asked) -> Collection:
@@ -135,8 +152,13 @@ def describe(run: Run, mixture: Mixture, asked: Asked) -> Collection:
 def _inputs(run: Run, calibration: int) -> dict[str, str]:
     recipe = run.recipe
     evaluation = evaluation_inputs(recipe, run.mixture, "any")
-    return {"base": run.base_hash, "training settings": train_hash(recipe), "evaluation": evaluation["settings"],
-            "calibration": digest([calibration, recipe.seed]), "merge": digest(recipe.merge.dtype)}
+    return {"base": run.base_hash, "evaluation": evaluation["settings"], **_settings(run, calibration)}
+
+
+def _settings(run: Run, calibration: int) -> dict[str, str]:
+    recipe = run.recipe
+    return {"training settings": train_hash(recipe), "calibration": digest([calibration, recipe.seed]),
+            "merge": digest(recipe.merge.dtype)}
 
 
 def _refuse_other(run: Run, mixture: Mixture, asked: Asked) -> None:
@@ -153,9 +175,13 @@ def _refuse_other(run: Run, mixture: Mixture, asked: Asked) -> None:
             units = task_mixture(run, mixture, again, asked.calibration, out=scratch).units if again else []
             changed = [f"rows of {u.name}" for u in units if there[u.name] != u.sha256]
     if changed:
-        raise ProvenanceError(
-            f"{folder_of(run)}: this table was begun with another {', another '.join(changed)} than the recipe now asks for. "
-            f"Delete that folder to collect anew, give the recipe another `output`, or take the change back.")
+        raise _another(folder_of(run), changed)
+
+
+def _another(folder: Path, changed: Sequence[str]) -> ProvenanceError:
+    return ProvenanceError(
+        f"{folder}: this table was begun with another {', another '.join(changed)} than the recipe now asks for. Delete that "
+        "folder to collect anew, give the recipe another `output`, or take the change back.")
 
 
 @contextmanager
@@ -182,6 +208,9 @@ def _only_one(folder: Path) -> Iterator[None]:
 def measure_pairs(run: Run, mixture: Mixture, models: Mapping[str, BranchManifest]) -> Metrics:
     """metrics.json of every pair, on the calibration rows; as it is, if it was made from these models and rows."""
     path, rows = folder_of(run) / "metrics.json", calibration_rows(run, mixture)
+    lines = [json.dumps({"task": task, "input_ids": ids.tolist(), "response": mask.tolist()})
+             for task, of in rows.items() for ids, mask in map(of.row, range(len(of)))]
+    write_atomically(folder_of(run) / "calibration.jsonl", "".join(f"{line}\n" for line in lines).encode())
     made_from = {"models": digest({t: m.files for t, m in models.items()}), "base": run.base_hash,
                  "rows": digest({t: rows_hash(r) for t, r in rows.items()})}
     if path.exists() and (known := Metrics.load(path)).made_from == made_from:
@@ -229,7 +258,9 @@ def _score_all(scorer: Scorer, asked: Asked, metrics: Metrics) -> None:
     write_sets(scorer, asked)
     shutil.rmtree(folder_of(run) / "merging", ignore_errors=True)
     run.progress("merge", "", total, total)
-    run.tell(f"collect: {len(asked.pairs)} pairs"
+    whole = _finished(scorer, asked, list(itertools.combinations(range(len(asked.tasks)), 2)))
+    more = f" ({len(whole)} in the table, with those of earlier calls)" if len(whole) > len(asked.pairs) else ""
+    run.tell(f"collect: {len(asked.pairs)} pairs{more}"
              + (f", {len(asked.sets)} sets of {len(asked.sets[0])}" if asked.sets else "")
              + f" by {', '.join(m.name for m in methods)} -> {folder_of(run) / 'table.csv'}")
 

@@ -135,11 +135,16 @@ def read_query(path: Path, base_scores: str | None = None, config: str | None = 
     Raises:
         RecipeError, CorruptedError: neither of the two.
     """
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         return read_table(path, base_scores=base_scores, config=config)
     if base_scores or config:
         raise RecipeError("--base-scores and --config are for CSV tables; metrics.json has its own base scores.")
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such file. Wanted metrics.json, from `anabranch mergeability measure`, or a CSV table.")
     kind = _kind(path)
+    if kind not in ("mergeability_metrics", "mergeability_predictor"):
+        raise RecipeError(f"{path}: neither metrics.json, from `anabranch mergeability measure`, nor a CSV table"
+                          + (f" (it says that it is {kind})." if kind else "."))
     if kind == "mergeability_predictor":
         raise RecipeError(f"{path} is a predictor; wanted the metrics of models: `anabranch mergeability measure` makes them. "
                           "The predictor comes first, then the metrics.")
@@ -155,6 +160,8 @@ def read_predictor(path: Path, methods: Sequence[str] | None = None) -> Predicto
     if _kind(path) == "mergeability_metrics":
         raise RecipeError(f"{path} holds metrics; wanted a predictor: `anabranch mergeability fit` makes one. The predictor "
                           "comes first, then the metrics.")
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such file. Wanted predictor.json, from `anabranch mergeability fit`.")
     found = Predictor.load(path)
     if methods is None:
         return found
@@ -198,7 +205,10 @@ def suggest_file(predictor: Path, metrics: Path, k: int, methods: Sequence[str] 
     """The best sets of k; writes `output`."""
     _check_output(output, [predictor, metrics])
     asked = read_predictor(predictor, methods)
-    found = suggest(asked, read_query(metrics, base_scores, config), k)
-    found = found.model_copy(update={"made_from": {"predictor": file_digest(predictor), "metrics": file_digest(metrics)}})
+    table = read_query(metrics, base_scores, config)
+    found = suggest(asked, table, k)
+    found = found.model_copy(update={
+        "said": found.said + _renamed(asked, table),
+        "made_from": {"predictor": file_digest(predictor), "metrics": file_digest(metrics)}})
     found.save(output)
     return found

@@ -45,7 +45,7 @@ from anabranch.mergeability.table import Table
 
 # A query may lie this far outside of what was seen, as a share of the range that was seen.
 BEYOND = 0.5
-SAME_GAP = 1e-6
+SAME_GAP = 1e-4  # rounding in other batches is far below; another model's gap is hardly so near
 # An own model that a merge beats by so much did not learn its task, and no share of its score means anything.
 MOST_KEPT = 3.0
 # Of outcomes without any law, errors fall below this share of the mean's in 1 table of 10 to 40, below the mean's in 1 of 2.

@@ -115,9 +115,17 @@ def suggest(predictor: Predictor, table: Table, k: int) -> Suggestion:
     if not found:
         raise RecipeError(f"no set of {k} models has all its pairs predicted. `anabranch mergeability predict` says why of "
                           "each pair.")
+    if k == 2:
+        found = [_with_interval(predictor, table, s) for s in found]
     found.sort(key=lambda s: (-s.score, s.method, s.tasks))
     tops.sort(key=lambda s: (-s.score, s.method))
     return Suggestion(k=k, searched=searched, best=found[:BEST], methods=tops, said=_said(scores, found[0], k))
+
+
+def _with_interval(predictor: Predictor, table: Table, pair: SuggestedSet) -> SuggestedSet:
+    rows = np.array([set(table.pair(i)) == set(pair.tasks) for i in range(len(table))])
+    one = next(e for e in estimates(predictor, table.take(rows)) if e.method == pair.method)
+    return pair.model_copy(update={"low": float(one.low[0]), "high": float(one.high[0])})
 
 
 def _suggested(scores: PairScores, q: np.ndarray, method: str, members: Sequence[int]) -> SuggestedSet:
@@ -167,7 +175,8 @@ def _said(scores: PairScores, best: SuggestedSet, k: int) -> list[str]:
     lines = []
     if k > 2:
         lines.append(f"The predictor learnt from pairs; what {k} models keep together is put together from their pairs, and "
-                     "has no interval.")
+                     "has no interval. Differences as small as an interval of `predict` say nothing.")
+    lines.append("Methods are with the parameters that the table's merges had.")
     if k > 2 and np.isnan(scores.base).any():
         lines.append("Base scores are not known, so what averaging of more than two models costs is understated.")
     elif best.gain is not None:

@@ -231,7 +231,11 @@ def _csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 def _header_problems(path: Path, header: Sequence[str]) -> list[str]:
     if not header:
         return ["the file is empty. Wanted a header with task1 and task2"]
-    problems = [f"no column `{key}`.{closest(key, header)}" for key in KEYS if key not in header]
+    if len(header) == 1 and ";" in header[0]:
+        return ["its cells are separated by semicolons; commas are wanted"]
+    missing = [key for key in KEYS if key not in header]
+    problems = [f"no column `{key}`" + (f".{closest(key, header)}" if len(header) < 13 else ", which names a task")
+                for key in missing]
     problems += [f"column {i + 1} has no name" for i, name in enumerate(header) if not name]
     problems += [f"column `{name}` stands twice" for name in sorted({n for n in header if n and header.count(n) > 1})]
     for name in dict.fromkeys(header):

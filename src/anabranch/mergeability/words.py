@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from anabranch.errors import RecipeError
-from anabranch.mergeability.artifacts import Prediction, Predictions, Suggestion, Trial
+from anabranch.mergeability.artifacts import Prediction, Predictions, Predictor, Suggestion, Trial
 from anabranch.mergeability.fitting import Fitted
 from anabranch.mergeability.predict import has_gap
 
+MOST = 20
+WEAK = 0.3
 UNSEEN = {0: "pairs left out, both tasks seen in others",
           1: "one task left out at a time", 2: "several tasks left out at once; pairs of two of them"}
 
@@ -39,7 +41,27 @@ def fit_lines(found: Fitted) -> list[str]:
     if not p.trials:
         lines.append("Too few tasks to leave any out: what this predictor is worth is not known.")
     lines += _set_lines(p.sets)
-    return lines
+    return [*lines, *_verdict(p)]
+
+
+def _verdict(p: Predictor) -> list[str]:
+    """What the figures say, in sentences."""
+    ours = [t for t in p.trials if t.rule == p.rule]
+    lines = []
+    for unseen, who in ((1, "With one of its two models new"), (2, "With both models new")):
+        of = [t for t in ours if t.unseen == unseen]
+        wide = [t.method for t in of if t.width is None or t.naive_width is None or t.width > 0.95 * t.naive_width]
+        weak = [t.method for t in of if t.r is None or t.r < WEAK]
+        if not of:
+            lines.append(f"{who}: not known, for the table has too few tasks to leave out.")
+            continue
+        good = [t.method for t in of if t.method not in {*wide, *weak}]
+        text = f"{who}, the table orders pairs and narrows their scores for {', '.join(good) or 'no method'}"
+        text += f"; the intervals say little more than the mean for {', '.join(wide)}" if wide else ""
+        text += f"; the order is hardly told (r below {WEAK}) for {', '.join(weak)}" if weak else ""
+        lines.append(text + ".")
+    return ["", *lines, "r: 1 is the right order and spacing, 0 none. Task effects: what a model's other merges tell of it. "
+            "Shuffled: the scores dealt anew, so no r is to be found. Published: the rule of arXiv:2601.22285."]
 
 
 def _trial_lines(trials: Sequence[Trial], rule: str) -> list[str]:
@@ -89,23 +111,47 @@ def _set_lines(sets: dict[str, float]) -> list[str]:
 
 
 def prediction_lines(found: Predictions) -> list[str]:
-    """A line per pair; reasons for `cannot say` are numbered and stand below."""
+    """Pairs by their best predicted score. Few of them in full, a line per method; of many the best method of the first MOST.
+
+    Reasons for `cannot say` are numbered and stand below.
+    """
     by_pair: dict[tuple[str, str], list[Prediction]] = {}
     for p in found.predictions:
         by_pair.setdefault((p.task1, p.task2), []).append(p)
+    ranked = sorted(by_pair.values(), key=lambda of: -max(_score(p) for p in of))
     reasons: dict[str, int] = {}
-    lines = [f"Normalised score of the merge, 1 = both tasks as good as with their own models, and its "
-             f"{100 * found.level:.0f} % interval."]
-    for (one, two), predictions in by_pair.items():
-        lines.append(f"{one} + {two}")
-        lines += [f"  {p.method:18}" + _said(p, reasons) for p in predictions]
-    lines += [f"({number}) cannot say: {why}" for why, number in reasons.items()]
+    lines = ["Normalised score of the merge (1: both tasks as good as with their own models) and its "
+             f"{100 * found.level:.0f} % interval; in brackets what each task keeps. Best first."]
+    if len(found.predictions) <= MOST:
+        for of in ranked:
+            lines.append(f"{of[0].task1} + {of[0].task2}")
+            lines += [f"  {p.method:18}" + _said(p, reasons) for p in of]
+    else:
+        for of in ranked[:MOST]:
+            best = max(of, key=_score)
+            lines.append(f"{best.task1} + {best.task2}: {best.method} " + _said(best, reasons))
+        if len(ranked) > MOST:
+            lines.append(f"and {len(ranked) - MOST} more pairs; every method of every pair is in the file")
+    for p in found.predictions:
+        if p.cannot_say:
+            reasons.setdefault(p.cannot_say, len(reasons) + 1)
+    shown = list(reasons.items())[:6]
+    lines += [f"({number}) cannot say: {why}" for why, number in shown]
+    if len(reasons) > len(shown):
+        lines.append(f"and {len(reasons) - len(shown)} more reasons, in the file")
+    if any("is missing" in why for why in reasons):
+        lines.append("What is missing is measured by `measure --data` with rows that have responses; or fit on a table without "
+                     "it.")
     answered = [p for p in found.predictions if p.score is not None]
     seen = {n: sum(1 for p in answered if p.unseen == n) for n in (0, 1, 2)}
     lines += found.said
-    lines.append(f"{len(answered)} of {len(found.predictions)} answered; of these {seen[0]} with both tasks in the table, "
+    lines.append(f"{len(answered)} of {len(found.predictions)} answered; of these {seen[0]} with both models in the table, "
                  f"{seen[1]} with one, {seen[2]} with none.")
     return lines
+
+
+def _score(p: Prediction) -> float:
+    return -1.0 if p.score is None else p.score
 
 
 def _said(p: Prediction, reasons: dict[str, int]) -> str:
@@ -120,7 +166,8 @@ def suggestion_lines(found: Suggestion) -> list[str]:
     lines = [f"Best sets of {found.k} ({found.searched}): mean normalised score as predicted"]
     for s in found.best:
         gain = "" if s.gain is None else f", {100 * s.gain:+.1f} points over the base"
-        lines.append(f"  {s.score:.3f}  {s.method:18}{', '.join(s.tasks)}{gain}")
+        interval = "" if s.low is None or s.high is None else f"[{s.low:.3f} to {s.high:.3f}] "
+        lines.append(f"  {s.score:.3f}  {interval}{s.method:18}{', '.join(s.tasks)}{gain}")
     lines.append("Best set of each method")
     lines += [f"  {s.score:.3f}  {s.method:18}{', '.join(s.tasks)}" for s in found.methods]
     return lines + found.said
