@@ -47,7 +47,7 @@ def data_files(data: Sequence[str]) -> list[Path]:
     found = []
     for _, path in map(named, data):
         if Path(path).exists() or not is_hub_id(path):  # nothing is fetched
-            with suppress(MixtureError):
+            with suppress(MixtureError):  # reading them tells
                 found += [file for _, file in locate(path, Source(path=path), "train", Path.cwd()).files]
     return found
 

@@ -325,9 +325,9 @@ def _journal(job: Job, tell: Tell) -> Iterator[None]:
         raise
     finally:
         for folder in sorted((p for p in job.journal.rglob("*") if p.is_dir()), reverse=True):
-            with suppress(OSError):
+            with suppress(OSError):  # not empty: what is measured is kept
                 folder.rmdir()
-        with suppress(OSError):
+        with suppress(OSError):  # likewise
             job.journal.rmdir()
         os.close(handle)  # the last thing: from here on the folder is another's
 
@@ -352,7 +352,7 @@ def _locked(job: Job) -> int:
                               "place.") from error
         except OSError:
             pass  # a file system without locks: go on unprotected, as merges do
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # another process has removed it: made anew
             if os.path.samestat(os.fstat(handle), os.stat(job.journal)):
                 return handle
         os.close(handle)  # the folder was removed before it could be held

@@ -313,8 +313,8 @@ def fit(table: Table, methods: Sequence[str], cases: Sequence[int] = CASES) -> t
     whole = fitter.prepare(np.ones(len(table), bool))
     found = {}
     for method in methods:
-        penalty = min(PENALTIES, key=lambda p: _error(folds[2], method, p, math.inf))  # called at once
-        shrinkage = min(SHRINKAGES, key=lambda s: _error(folds[1], method, penalty, s))  # called at once
+        penalty = min(PENALTIES, key=lambda p: _error(folds[2], method, p, math.inf))
+        shrinkage = min(SHRINKAGES, key=lambda s: _error(folds[1], method, penalty, s))
         found[method] = _judged(method, penalty, shrinkage, whole, {c: folds[c] for c in cases})
     return whole, found
 
