@@ -245,6 +245,9 @@ class BranchManifest(Artifact):
     losses: list[tuple[int, float]] = Field(description="(optimizer step, mean training loss since the last entry)")
     files: dict[str, str] = Field(description="file of the model folder -> SHA-256")
     software: dict[str, str]
+    trainer: str = Field("trl", description="who trained it: trl, command (the recipe's), or returned (`add-branch`)")
+    counted: bool = Field(True, description="steps and tokens were counted in training; false: they are the plan's, as the "
+                                            "trainer told nothing")
 
 
 class MergeInput(Part):
@@ -265,6 +268,8 @@ class MergeManifest(Artifact):
     arguments: dict[str, float | int | bool | str | list[float]] = Field(
         {}, description="the method's own parameters, with defaults")
     weights: list[float] = []
+    missing: list[int] = Field([], description="branches of the plan that are not in it: a partial merge, whose weights sum "
+                                               "to one over the others")
     config: str | None = Field(None, description="the text of the merge config, for `anabranch merge`")
     found_from: list[str] = Field([], description="folders from which the config's relative paths were looked up, seen from "
                                                   "the merged folder")

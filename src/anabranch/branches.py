@@ -6,6 +6,10 @@ are mostly rounded away, and a task vector that is rounded away cannot be merged
 
 Completion is not an exit code: a branch is done when the trainer has reached its last step and `branch.json`,
 written last, holds the hashes of what it came from and of the weights it left.
+
+A branch that is told to stop saves, and goes on from there when it is started again, here or elsewhere: same rows, same
+order, same random states, so the same tokens seen and (where the arithmetic is deterministic: one CPU thread count, one
+kind of device) the same weights bit for bit as if nobody had stopped it.
 """
 
 from __future__ import annotations
@@ -13,14 +17,15 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
+import random
 import shutil
-import signal
-import threading
 import time
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +33,25 @@ import numpy as np
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from anabranch.artifacts import BranchManifest, Mixture, Plan, digest, file_digest, write_atomically
-from anabranch.errors import BranchFailed, CorruptedError, ProvenanceError, RecipeError
+from anabranch.checkpoints import (
+    OPTIMIZER,
+    RANDOM,
+    keep_newest,
+    load_tree,
+    mark_complete,
+    newest_checkpoint,
+    save_tree,
+)
+from anabranch.errors import BranchFailed, CorruptedError, Preempted, ProvenanceError, RecipeError
 from anabranch.model import check_saved_names, check_vocabulary, keep_buffers, load_model, load_tokenizer, select_trainable
 from anabranch.recipe import Recipe, check_train_arguments
 from anabranch.rows import Rows, budget_indices, generator, load_unit
+from anabranch.stopping import Stop, stoppable
 
 NEUTRAL = ("save_", "logging_", "dataloader_", "activation_checkpointing", "gradient_checkpointing", "project",
            "run_name", "torch_empty_cache_steps", "skip_memory_metrics")
 POSITIVE = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
-MARKER = "complete.json"  # written into a checkpoint after everything else, so that a torn one is never resumed
+PROGRESS_SECONDS = 2.0  # between two words of a branch about itself
 
 
 def train_settings(recipe: Recipe) -> dict[str, Any]:
@@ -93,17 +108,20 @@ def _lora_config(recipe: Recipe) -> Any:
     return LoraConfig(**({"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (recipe.model.lora or {})))
 
 
+def trainer_arguments(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """What TRL's SFTConfig is given, less where to write and on what to run."""
+    settings = train_settings(recipe)
+    settings["save_total_limit"] = None  # the trainer removes the old checkpoint before the new one is whole: we do it after
+    settings.setdefault("bf16", recipe.model.dtype == "bfloat16")
+    return {"seed": seed, "data_seed": seed, "max_length": None, "packing": False, "report_to": "none", "disable_tqdm": True,
+            "include_num_input_tokens_seen": "non_padding", "dataset_kwargs": {"skip_prepare_dataset": True}} | settings
+
+
 def _trainer_config(recipe: Recipe, out: Path, seed: int) -> Any:
     import torch
     from trl import SFTConfig
 
-    settings = train_settings(recipe)
-    settings.setdefault("bf16", recipe.model.dtype == "bfloat16")
-    settings.setdefault("use_cpu", not torch.cuda.is_available())
-    return SFTConfig(
-        output_dir=str(out), seed=seed, data_seed=seed, max_length=None, packing=False, report_to="none",
-        disable_tqdm=True, include_num_input_tokens_seen="non_padding",
-        dataset_kwargs={"skip_prepare_dataset": True}, **settings)
+    return SFTConfig(output_dir=str(out), **({"use_cpu": not torch.cuda.is_available()} | trainer_arguments(recipe, seed)))
 
 
 def branch_samples(plan: Plan, branch: int, mixture: Mixture, mixture_folder: Path,
@@ -135,25 +153,42 @@ def branch_samples(plan: Plan, branch: int, mixture: Mixture, mixture_folder: Pa
     return samples
 
 
-def _dataset(samples: list[tuple[str, Rows, np.ndarray]], seed: int, branch: int) -> Any:
-    """One shuffled Dataset with `input_ids` and `labels` (-100 where no loss is taken)."""
-    from datasets import Dataset
-
+def branch_rows(samples: list[tuple[str, Rows, np.ndarray]], seed: int,
+                branch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(input_ids, labels) int64 of every sample of a branch in its order; labels are -100 where no loss is taken."""
     where = [(rows, int(i)) for _, rows, chosen in samples for i in chosen]
-    ids, labels = [], []
     for position in generator(seed, "order", branch).permutation(len(where)):
         rows, i = where[int(position)]
         tokens, mask = rows.row(i)
-        ids.append(tokens.astype(np.int64))
-        labels.append(np.where(mask.astype(bool), tokens, -100).astype(np.int64))
+        yield tokens.astype(np.int64), np.where(mask.astype(bool), tokens, -100).astype(np.int64)
+
+
+def branch_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of a branch of so many rows on one device, as the trainer counts them: the last batch and the last
+    accumulation of a pass may be short, and a fraction of a pass is rounded up to whole steps."""
+    settings = train_settings(recipe)
+    batches = math.ceil(rows / settings["per_device_train_batch_size"])
+    per_pass = max(1, math.ceil(batches / settings.get("gradient_accumulation_steps", 1)))
+    return math.ceil(settings["num_train_epochs"] * per_pass)
+
+
+def _dataset(samples: list[tuple[str, Rows, np.ndarray]], seed: int, branch: int) -> Any:
+    """One shuffled Dataset with `input_ids` and `labels`."""
+    from datasets import Dataset
+
+    ids, labels = [], []
+    for tokens, marked in branch_rows(samples, seed, branch):
+        ids.append(tokens)
+        labels.append(marked)
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
 def train_hash(recipe: Recipe) -> str:
     """Hash of what shapes the weights: not of how often is saved or logged, nor of how memory is spent."""
     settings = {k: v for k, v in train_settings(recipe).items() if not k.startswith(NEUTRAL)}
-    model = recipe.model
-    return digest(settings | {"trainable": model.trainable, "lora": model.lora, "dtype": model.dtype})
+    model, trainer = recipe.model, recipe.trainer
+    other = {} if trainer.kind == "trl" else {"trainer": trainer.model_dump(mode="json")}
+    return digest(settings | {"trainable": model.trainable, "lora": model.lora, "dtype": model.dtype} | other)
 
 
 def branch_inputs(recipe: Recipe, plan: Plan, branch: int, base_hash: str) -> dict[str, str]:
@@ -163,8 +198,9 @@ def branch_inputs(recipe: Recipe, plan: Plan, branch: int, base_hash: str) -> di
 
 
 @contextmanager
-def _only_one(folder: Path, patience: float = 30.0) -> Iterator[None]:
-    """Hold the branch for this process; the system lets go of it however the process ends."""
+def only_one(folder: Path, patience: float = 30.0) -> Iterator[int]:
+    """Hold the branch for this process (and for those that inherit the file descriptor); the system lets go of it
+    however they end."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         deadline = time.monotonic() + patience
@@ -177,7 +213,7 @@ def _only_one(folder: Path, patience: float = 30.0) -> Iterator[None]:
                     raise BranchFailed(f"{folder}: another process is training this branch. Wait for it, or stop it."
                                        ) from error
                 time.sleep(0.5)
-        yield
+        yield lock.fileno()
 
 
 def train_branch(recipe: Recipe, plan: Plan, branch: int, mixture: Mixture, mixture_folder: Path, base: Path,
@@ -186,65 +222,158 @@ def train_branch(recipe: Recipe, plan: Plan, branch: int, mixture: Mixture, mixt
 
     Raises:
         ProvenanceError: `out` holds a branch of another base, plan, data or settings.
+        Preempted: a signal told it to stop (stopping.py); it has saved.
         BranchFailed: the trainer stopped before its last step.
+        RecipeError: the recipe has another trainer.
+    """
+    if recipe.trainer.kind != "trl":
+        raise RecipeError(f"trainer.kind is {recipe.trainer.kind}: TRL does not train the branches of this recipe.")
+    with held_branch(recipe, plan, branch, base_hash, out) as (done, hold):
+        return done or _train(recipe, plan, branch, mixture, mixture_folder, base, out, hold)
+
+
+@dataclass(frozen=True)
+class Hold:
+    """The right to train into a branch's folder: what the branch is made from, whether it shall stop, and the descriptor of
+    its lock."""
+
+    inputs: dict[str, str]
+    stop: Stop
+    lock: int
+
+
+@contextmanager
+def held_branch(recipe: Recipe, plan: Plan, branch: int, base_hash: str,
+                out: Path) -> Iterator[tuple[BranchManifest | None, Hold]]:
+    """A branch's folder, held for whoever trains into it; and its manifest, if it is done.
+
+    Checkpoints of a branch with other inputs are gone afterwards. Raises as `train_branch`.
     """
     if not 0 <= branch < len(plan.groups):
         raise BranchFailed(f"branch {branch}: the plan has branches 0 .. {len(plan.groups) - 1}.")
     inputs = branch_inputs(recipe, plan, branch, base_hash)
-    with _only_one(out):
+    with stoppable(f"branch {branch}") as stop, only_one(out) as lock:
         if (out / "branch.json").exists():
             manifest = BranchManifest.load(out / "branch.json")
             check_branch(manifest, inputs, out)
-            return manifest
-        _begin(out, inputs)
-        return _train(recipe, plan, branch, mixture, mixture_folder, base, inputs, out)
-
-
-def _begin(out: Path, inputs: dict[str, str]) -> None:
-    """Checkpoints of a branch with other inputs are not resumed."""
-    path = out / "inputs.json"
-    if path.exists() and json.loads(path.read_text()) != inputs:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    write_atomically(path, json.dumps(inputs, indent=1).encode())
+            yield manifest, Hold(inputs, stop, lock)
+            return
+        path = out / "inputs.json"
+        if path.exists() and json.loads(path.read_text()) != inputs:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        write_atomically(path, json.dumps(inputs, indent=1).encode())
+        yield None, Hold(inputs, stop, lock)
 
 
 def _train(recipe: Recipe, plan: Plan, branch: int, mixture: Mixture, mixture_folder: Path, base: Path,
-           inputs: dict[str, str], out: Path) -> BranchManifest:
+           out: Path, hold: Hold) -> BranchManifest:
+    samples = branch_samples(plan, branch, mixture, mixture_folder, recipe.seed)
+    trainer = _trainer(recipe, plan.seed, branch, samples, base, out, hold)
+    _go_on(trainer, newest_checkpoint(out / "checkpoints", hold.inputs))
+    state = trainer.state
+    if state.global_step < state.max_steps:
+        raise Preempted(f"branch {branch}: told to stop ({hold.stop.asked or 'its launcher has died'}) at step "
+                        f"{state.global_step} of {state.max_steps}; its checkpoint is kept. Run the same command again to "
+                        "go on.")
+    files = _save_weights(trainer, recipe.model.lora is not None, out / "model")
+    losses = [(int(e["step"]), float(e["loss"])) for e in state.log_history if "loss" in e]
+    rows, tokens = planned_budget(recipe, samples)
+    manifest = BranchManifest(
+        branch=branch, group_units=[name for name, _, _ in samples], steps=state.global_step,
+        samples_planned=rows, tokens_planned=tokens,
+        tokens_seen=int(state.num_input_tokens_seen), final_loss=losses[-1][1] if losses else None, losses=losses,
+        files=files, made_from=hold.inputs,
+        software={p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")})
+    manifest.save(out / "branch.json")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return manifest
+
+
+def planned_budget(recipe: Recipe, samples: list[tuple[str, Rows, np.ndarray]]) -> tuple[int, int]:
+    """(rows, tokens) of a branch over all its passes."""
+    passes = train_settings(recipe)["num_train_epochs"]
+    return (round(passes * sum(len(chosen) for _, _, chosen in samples)),
+            round(passes * sum(int(rows.lengths[chosen].sum()) for _, rows, chosen in samples)))
+
+
+def _trainer(recipe: Recipe, seed: int, branch: int, samples: list[tuple[str, Rows, np.ndarray]], base: Path,
+             out: Path, hold: Hold) -> Any:
+    """TRL's trainer on the branch's rows, with our checkpoints."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer home unless told not to
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # whatever a library loads with torch: no pickle may run code
     from trl import SFTTrainer
 
+    hold.stop.check()
     keep_buffers()
-    samples = branch_samples(plan, branch, mixture, mixture_folder, recipe.seed)
     model = load_model(base, "float32", trust_remote_code=recipe.model.trust_remote_code)
     check_saved_names(model, base)
     check_vocabulary(max(int(rows.input_ids.max()) for _, rows, _ in samples), model)
     lora = _lora_config(recipe) if recipe.model.lora is not None else None
     if lora is None:
         select_trainable(model, recipe.model)
-    trainer = SFTTrainer(
-        model=model, args=_trainer_config(recipe, out / "checkpoints", plan.seed),
-        train_dataset=_dataset(samples, plan.seed, branch),
-        processing_class=load_tokenizer(base, trust_remote_code=recipe.model.trust_remote_code), peft_config=lora,
-        callbacks=[_watch(out)])
-    trainer.train(resume_from_checkpoint=newest_checkpoint(out / "checkpoints"))
-    state = trainer.state
-    if state.global_step < state.max_steps:
-        raise BranchFailed(f"branch {branch}: stopped at step {state.global_step} of {state.max_steps}; its checkpoint "
-                           "is kept. Run the same command again to go on.")
-    files = _save_weights(trainer, lora is not None, out / "model")
-    losses = [(int(e["step"]), float(e["loss"])) for e in state.log_history if "loss" in e]
-    lengths = [int(rows.lengths[chosen].sum()) for _, rows, chosen in samples]
-    passes = train_settings(recipe)["num_train_epochs"]
-    manifest = BranchManifest(
-        branch=branch, group_units=[name for name, _, _ in samples], steps=state.global_step,
-        samples_planned=round(passes * sum(len(chosen) for _, _, chosen in samples)),
-        tokens_planned=round(passes * sum(lengths)),
-        tokens_seen=int(state.num_input_tokens_seen), final_loss=losses[-1][1] if losses else None, losses=losses,
-        files=files, made_from=inputs,
-        software={p: importlib.metadata.version(p) for p in ("torch", "transformers", "trl")})
-    manifest.save(out / "branch.json")
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return manifest
+    hold.stop.check()
+    trainer = _with_our_checkpoints(SFTTrainer)(
+        model=model, args=_trainer_config(recipe, out / "checkpoints", seed),
+        train_dataset=_dataset(samples, seed, branch),
+        processing_class=load_tokenizer(base, trust_remote_code=recipe.model.trust_remote_code), peft_config=lora)
+    limit = train_settings(recipe)["save_total_limit"]
+    trainer.add_callback(_watch(trainer, out, hold, limit))
+    hold.stop.check()
+    return trainer
+
+
+def _go_on(trainer: Any, checkpoint: str | None) -> None:
+    """Train to the last step from a checkpoint, or from the start.
+
+    From a checkpoint of the last step (killed while the branch was being written) there is nothing to train, and a
+    trainer whose last pass is a fraction of one would take a step too many.
+    """
+    from transformers.trainer_callback import TrainerState
+
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _with_our_checkpoints(trainer: type) -> Any:
+    """A trainer whose optimizer, scheduler and random states go through `checkpoints.save_tree`, in place of pickles.
+
+    Only on one device: what FSDP and DeepSpeed save is theirs.
+    """
+    import torch
+
+    class Trainer(trainer):
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            save_tree(Path(output_dir) / OPTIMIZER, {"optimizer": self.optimizer.state_dict(),
+                                                     "scheduler": self.lr_scheduler.state_dict()})
+            (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            save_tree(Path(output_dir) / RANDOM, {
+                "python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+                "unlogged": [self._tr_loss, self._globalstep_last_logged]})
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                saved = load_tree(Path(checkpoint) / OPTIMIZER)
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.lr_scheduler.load_state_dict(saved["scheduler"])
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                saved = load_tree(Path(checkpoint) / RANDOM)
+                random.setstate(saved["python"])
+                np.random.set_state(saved["numpy"])
+                torch.set_rng_state(saved["cpu"])
+                if torch.cuda.is_available() and saved["cuda"] is not None:
+                    torch.cuda.set_rng_state(saved["cuda"])
+
+    return Trainer
 
 
 def _save_weights(trainer: Any, is_lora: bool, folder: Path) -> dict[str, str]:
@@ -262,50 +391,51 @@ def _save_weights(trainer: Any, is_lora: bool, folder: Path) -> dict[str, str]:
     return {p.name: file_digest(p) for p in sorted(folder.glob("*.safetensors"))}
 
 
-def _watch(out: Path) -> Any:
-    """Progress for `anabranch status`, whole checkpoints marked as such, and an end when the launcher has died."""
+def _watch(trainer: Any, out: Path, hold: Hold, limit: int | None) -> Any:
+    """Progress for `anabranch status`; checkpoints marked whole, then older ones removed; an end when told to, or when the
+    launcher has died."""
     from transformers import TrainerCallback
 
+    stop = hold.stop
+
     class Watch(TrainerCallback):
-        stop = False
+        begun, told, first, loss = 0.0, 0.0, (0, 0), None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            # The trainer's own way to save on SIGTERM leaves a checkpoint that nobody marks, in place of a marked one.
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
+            stop.check()
+            stop.at_once = False  # from here on a step's work would be lost
+            self.begun, self.first = time.monotonic(), (state.global_step, int(state.num_input_tokens_seen))
+            if state.global_step:
+                saved = load_tree(Path(args.output_dir) / f"checkpoint-{state.global_step}" / RANDOM)["unlogged"]
+                trainer._tr_loss, trainer._globalstep_last_logged = saved[0].to(args.device), saved[1]
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            progress = {"step": state.global_step, "steps": state.max_steps, "tokens": int(state.num_input_tokens_seen),
-                        "loss": (logs or {}).get("loss")}
-            write_atomically(out / "progress.json", json.dumps(progress).encode())
+            self.loss = (logs or {}).get("loss", self.loss)
+            self.tell(state)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != MARKER}
-            write_atomically(folder / MARKER, json.dumps(sizes).encode())
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", hold.inputs)
+            if limit is not None:
+                keep_newest(Path(args.output_dir), max(1, limit))
+            if stop.asked:  # heard while it was saving
+                control.should_training_stop = True
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             launcher = os.environ.get("ANABRANCH_LAUNCHER_PID")
-            if self.stop or (launcher and os.getppid() != int(launcher)):
+            if stop.asked or (launcher and os.getppid() != int(launcher)):
                 control.should_save = control.should_training_stop = True
+            if time.monotonic() - self.told > PROGRESS_SECONDS:
+                self.tell(state)
+
+        def tell(self, state: Any) -> None:
+            self.told, tokens = time.monotonic(), int(state.num_input_tokens_seen)
+            seconds, steps = self.told - self.begun, state.global_step - self.first[0]
+            progress = {"step": state.global_step, "steps": state.max_steps, "tokens": tokens, "loss": self.loss,
+                        "tokens_per_second": round((tokens - self.first[1]) / seconds, 1) if steps else 0.0,
+                        "seconds_left": round(seconds / steps * (state.max_steps - state.global_step), 1) if steps else None}
+            write_atomically(out / "progress.json", json.dumps(progress).encode())
 
     return Watch()
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose marker is there and whose files have the sizes it names; torn ones are passed over.
-
-    The trainer itself resumes from a checkpoint without its optimizer state and trains another model in silence.
-    """
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
-    for path in found:
-        try:
-            sizes = json.loads((path / MARKER).read_text())
-            if all((path / name).stat().st_size == size for name, size in sizes.items()):
-                return str(path)
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def check_branch(manifest: BranchManifest, inputs: dict[str, str], folder: Path) -> None:
@@ -324,7 +454,9 @@ def check_branch(manifest: BranchManifest, inputs: dict[str, str], folder: Path)
             f"{folder}: this branch was not made for this run. Train it anew (`--from train`), give the recipe "
             "another `output`, or restore what changed:", strange)
     damaged = [name for name, sha in manifest.files.items()
-               if not (folder / "model" / name).is_file() or file_digest(folder / "model" / name) != sha]
+               if Path(name).name != name or not (folder / "model" / name).is_file()
+               or file_digest(folder / "model" / name) != sha]
+    damaged += sorted(p.name for p in (folder / "model").glob("*.safetensors") if p.name not in manifest.files)
     if damaged:
         raise CorruptedError(f"{folder / 'model'}: {', '.join(damaged)} missing or damaged (the bytes are not those in "
                              f"branch.json). Delete {folder} and run again to train this branch anew.")

@@ -1,13 +1,13 @@
 """argv -> one public call -> one artifact -> what a person wants to read; no logic.
 
 Exit codes: 0 done; 1 done and the verdict is bad; 2 the user must change something (one message, no traceback); 130 stopped
-by Ctrl-C, 143 by SIGTERM. Anything else is a bug of ours and shows its traceback.
+by Ctrl-C, 143 by SIGTERM; 85 it was asked to stop and saved: start it again. Anything else is a bug of ours and shows its
+traceback.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from anabranch import cli_diagnose, cli_merge, cli_mergeability, cli_pilot
-from anabranch.errors import AnabranchError, OutputError, RecipeError
+from anabranch import cli_diagnose, cli_merge, cli_mergeability, cli_pilot, cli_work
+from anabranch.errors import AnabranchError, OutputError, Preempted, RecipeError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -38,6 +38,9 @@ def main() -> None:
     """The `anabranch` command."""
     try:
         app()
+    except Preempted as error:
+        err.print(str(error), markup=False)
+        sys.exit(85)
     except AnabranchError as error:
         err.print(f"{type(error).__name__}: {error}", style="red", markup=False)
         sys.exit(2)
@@ -107,8 +110,12 @@ def _stage(name: str | None, option: str) -> str | None:
     return name
 
 
-for command in (cli_merge.merge, cli_merge.verify, cli_merge.methods, cli_diagnose.diagnose, cli_pilot.pilot):
+for command in (cli_merge.merge, cli_merge.verify, cli_merge.methods, cli_diagnose.diagnose, cli_pilot.pilot, cli_work.work,
+                cli_work.status, cli_work.export):
     app.command()(command)
+app.command("train-branch")(cli_work.train_branch)
+app.command("add-branch")(cli_work.add_branch)
+app.command(hidden=True)(cli_work.perform)
 app.command("pilot-arms", hidden=True)(cli_pilot.pilot_arms)
 app.add_typer(cli_mergeability.app)
 
@@ -131,19 +138,23 @@ def run(
     until: Annotated[str, typer.Option(help="stop after this stage")] = "report",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and every problem; do nothing")] = False,
     overrides: Overrides = None,
+    launcher: Annotated[str | None, typer.Option(help="local, ray, slurm or export; default: the recipe's `launch`")] = None,
+    store: Annotated[str | None, typer.Option(help="folder or URL that all workers see, as s3://bucket/run")] = None,
 ) -> None:
     """Every stage that is not done: mixture, gradients, conflict, split, train, merge, evaluate, report."""
-    loaded = _recipe(recipe, overrides)
+    loaded = _recipe(recipe, [*(overrides or []), *([f"launch.launcher={launcher}"] if launcher else []),
+                              *([f"launch.store={store if '://' in store else Path(store).absolute()}"] if store else [])])
     if dry_run:
         from anabranch.forecast import forecast
 
         for line in forecast(loaded, progress=_progress()):
             _tell(line)
         return
-    from anabranch.run import open_run, run_stages
+    from anabranch.distribute import run_anywhere
+    from anabranch.run import open_run
 
     first, last = _stage(start, "--from"), _stage(until, "--until")
-    run_stages(open_run(loaded, tell=_tell, progress=_progress()), start=first, until=last or "report")
+    run_anywhere(open_run(loaded, tell=_tell, progress=_progress()), start=first, until=last or "report")
 
 
 @app.command()
@@ -163,30 +174,6 @@ def gradients(
     mixture_stage(opened)
     if gradient_stage(opened, (int(part), int(whole))) is None:
         _tell(f"gradients: shard {shard} is done; units of other shards are missing.")
-
-
-@app.command("train-branch")
-def train_branch(
-    folder: RunFolder,
-    branch: Annotated[int, typer.Argument(help="0 .. K-1", metavar="K")],
-    model: Annotated[Path | None, typer.Option(help="where the base lies on this machine")] = None,
-) -> None:
-    """Train one branch, on any machine that sees the run folder; goes on from its newest checkpoint."""
-    # One process, one GPU: the trainer refuses to see several. The launcher gives each branch its own.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    from anabranch.run import reopen_run, train_one
-
-    manifest = train_one(reopen_run(folder, model=model, tell=_tell, progress=_progress()), branch)
-    _tell(f"branch {branch}: {manifest.steps} steps, {manifest.tokens_seen:,} tokens seen")
-
-
-@app.command()
-def status(folder: RunFolder) -> None:
-    """What is done, what is under way."""
-    from anabranch.status import status_lines
-
-    for line in status_lines(folder):
-        _tell(line)
 
 
 @app.command()

@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from anabranch.errors import AnabranchError
+from anabranch.errors import AnabranchError, RecipeError
+
+if TYPE_CHECKING:
+    from anabranch.artifacts import MergeManifest
 
 out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
@@ -30,7 +33,8 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON object per line: wa
 
 
 def merge(
-    config: Annotated[Path, typer.Argument(help="a merge config (YAML): MergeKit's as it is, or `dialect: native`")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a merge config (YAML): MergeKit's as it is, or `dialect: "
+                                           "native`; or a run folder, whose branches are merged as its recipe says")],
     result: Annotated[Path, typer.Argument(metavar="OUT", help="the model folder to make")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, every problem; write nothing")] = False,
     memory: Memory = None,
@@ -38,6 +42,8 @@ def merge(
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="of methods that draw random numbers", min=0)] = 0,
     max_shard_size: Annotated[str, typer.Option(help="largest weight file")] = "5GB",
+    partial: Annotated[bool, typer.Option("--partial", help="of a run: merge the branches that are there, with weights raised "
+                                                            "to sum to one")] = False,
     allow_unknown_keys: Annotated[bool, typer.Option(help="warn of keys that mean nothing instead of refusing them")] = False,
     allow_mixed: Annotated[bool, typer.Option(help="merge models of different architectures")] = False,
     allow_pickle: Annotated[bool, typer.Option(help="read .bin weights too (weights_only; converted once, into the user's "
@@ -46,8 +52,15 @@ def merge(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Merge the checkpoints that a config names. Interrupted? The same command goes on where it was."""
+    """Merge the checkpoints that a config names, or a run's branches. Interrupted? The same command goes on where it was."""
     with _reported(as_json):
+        if config.is_dir():
+            _only_for_configs({"--seed": seed != 0, "--max-shard-size": max_shard_size != "5GB", "--allow-mixed": allow_mixed,
+                               "--allow-unknown-keys": allow_unknown_keys, "--allow-pickle": allow_pickle})
+            _merge_run(config, result, partial, dry_run, (memory, threads, device, allow_nonfinite), quiet, as_json)
+            return
+        if partial:
+            raise RecipeError(f"--partial merges those branches of a run that are there: give the run folder, not {config}.")
         with _imports():
             from anabranch.engine import merging
 
@@ -73,12 +86,52 @@ def merge(
         with _progress("merge", quiet, as_json) as progress:
             manifest = merging.merge_config(config, result, options=options, settings=settings,
                                             allow_unknown_keys=allow_unknown_keys, progress=progress, warn=warn)
-        seconds = time.monotonic() - begun
+        _tell_done(manifest, result, time.monotonic() - begun, quiet, as_json)
+
+
+def _tell_done(manifest: MergeManifest, result: Path, seconds: float, quiet: bool, as_json: bool) -> None:
+    if as_json:
+        _line("done", out=str(result), parameters=manifest.parameters, seconds=round(seconds, 3),
+              **({"missing": manifest.missing} if manifest.missing else {}))
+    elif not quiet:
+        out.print(escape(f"{result}: {manifest.parameters:,} parameters in {manifest.dtype}, {manifest.method}, {seconds:.1f} s"
+                         + ("; PARTIAL, see above" if manifest.missing else "")))
+
+
+def _only_for_configs(given: dict[str, bool]) -> None:
+    """Raises RecipeError for options that a run's recipe decides."""
+    if said := [option for option, is_given in given.items() if is_given]:
+        raise RecipeError(f"{', '.join(said)}: for merge configs. The branches of a run are merged as its recipe says (its "
+                          "`merge` section): leave it out, or write a merge config.")
+
+
+def _merge_run(folder: Path, result: Path, partial: bool, dry_run: bool, settings: tuple[str | None, int | None, str, bool],
+               quiet: bool, as_json: bool) -> None:
+    """`anabranch merge RUN OUT`."""
+    with _imports():
+        from anabranch.engine.merging import settings_for
+        from anabranch.partial import bring_finished, checked_inputs, merge_present, present_branches, present_lines
+        from anabranch.run import reopen_run
+
+    run = reopen_run(folder)
+    if not dry_run:  # which writes nothing, so that it tells of what the folder holds
+        bring_finished(run)
+    present = present_branches(run, result, partial=partial)
+    for number, line in enumerate(present_lines(present)):
+        loud = bool(present.missing) and number == 0
         if as_json:
-            _line("done", out=str(result), parameters=manifest.parameters, seconds=round(seconds, 3))
+            _line("warning" if loud else "plan", message=line)
+        elif loud:  # also where --quiet is said: it is no merge of the run
+            err.print(line, style="bold yellow", markup=False)
         elif not quiet:
-            out.print(escape(f"{result}: {manifest.parameters:,} parameters in {manifest.dtype}, {manifest.method}, "
-                             f"{seconds:.1f} s"))
+            out.print(escape(line))
+    if dry_run:
+        checked_inputs(run, present)
+        return
+    begun = time.monotonic()
+    with _progress("merge", quiet, as_json) as progress:
+        manifest = merge_present(run, result, partial=partial, settings=settings_for(*settings), progress=progress)
+    _tell_done(manifest, result, time.monotonic() - begun, quiet, as_json)
 
 
 def verify(

@@ -9,6 +9,7 @@
     ├── CorruptedError        a file that is damaged or incomplete
     ├── ShapeMismatch         checkpoints whose tensors do not line up
     ├── BranchFailed          a training process that ended without its manifest
+    │   └── Preempted         .. because it was told to stop: it saved, and goes on when it is started again
     └── OutputError           the result cannot be written (disk full, not permitted, already there)
 
 Anything else that escapes is a bug of ours and keeps its traceback.
@@ -62,6 +63,10 @@ class ShapeMismatch(AnabranchError):
 
 
 class BranchFailed(AnabranchError):
+    pass
+
+
+class Preempted(BranchFailed):
     pass
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ from anabranch.recipe import GradientSection, Recipe
 from anabranch.rows import Rows, generator, load_unit
 
 Progress = Callable[[str, int, int], None]
+SKETCH_FILE = re.compile(r"units/[0-9a-f]{16}\.safetensors")
 
 
 class Sketch:
@@ -232,13 +234,14 @@ def _record(out: Path, unit: Unit) -> tuple[GradientRecord, int, int]:
     try:
         with safe_open(path, "np") as file:
             about, size = json.loads(file.metadata()["anabranch"]), file.get_slice("half_a").get_shape()[0]
+            counts = [int(about[key]) for key in ("examples", "tokens_a", "tokens_b", "parameters")]
     except Exception as error:
         raise CorruptedError(f"{path}: unreadable gradient sketch of unit {unit.name!r} ({error}). Delete it and run "
                              "the same command again.") from error
     data = path.read_bytes()
     record = GradientRecord(unit=unit.name, file=f"units/{path.name}", sha256=hashlib.sha256(data).hexdigest(),
-                            examples=about["examples"], tokens_a=about["tokens_a"], tokens_b=about["tokens_b"])
-    return record, about["parameters"], size
+                            examples=counts[0], tokens_a=counts[1], tokens_b=counts[2])
+    return record, counts[3], size
 
 
 def load_halves(folder: Path, record: GradientRecord) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
@@ -246,6 +249,9 @@ def load_halves(folder: Path, record: GradientRecord) -> tuple[Float[np.ndarray,
     from safetensors.numpy import load
 
     path = folder / record.file
+    if not SKETCH_FILE.fullmatch(record.file):
+        raise CorruptedError(f"{folder / 'gradients.json'}: {record.file!r} of {record.unit!r} is no name of a sketch. Delete "
+                             "gradients.json and run again.")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -253,7 +259,13 @@ def load_halves(folder: Path, record: GradientRecord) -> tuple[Float[np.ndarray,
                              "`anabranch run recipe.yaml --from gradients`.") from error
     if hashlib.sha256(data).hexdigest() != record.sha256:
         raise CorruptedError(f"{path}: damaged gradient sketch of unit {record.unit!r}. Delete it and run again.")
-    tensors = load(data)
-    return tensors["half_a"], tensors["half_b"]
+    try:
+        halves = [load(data)[name] for name in ("half_a", "half_b")]
+        if any(half.dtype != np.float32 or half.ndim != 1 for half in halves) or halves[0].shape != halves[1].shape:
+            raise ValueError(", ".join(f"{half.dtype} {list(half.shape)}" for half in halves) + "; wanted float32 [m] twice")
+    except Exception as error:  # safetensors raises its own type for a damaged header
+        raise CorruptedError(f"{path}: no gradient sketch of unit {record.unit!r} ({error}). Delete it and run again."
+                             ) from error
+    return halves[0], halves[1]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from anabranch.artifacts import Mixture, Plan, PlanGroup, PlanUnit, digest
@@ -70,8 +70,11 @@ def load_plan(path: Path, mixture: Mixture) -> tuple[Plan, bool]:
     return (plan.model_copy(update={"groups": groups}) if edited else plan), edited
 
 
-def plan_inputs(base_hash: str, mixture: Mixture, conflict_hash: str, split: Mapping[str, object]) -> dict[str, str]:
-    """What a plan is made from."""
+def plan_inputs(base_hash: str, mixture: Mixture, conflict_hash: str, split: Mapping[str, object],
+                shares: Sequence[int] = ()) -> dict[str, str]:
+    """What a plan is made from. `shares`: the groups' capacities in lowest whole numbers; equal ones leave no trace."""
+    if len(set(shares)) > 1:
+        split = {**split, "capacities": list(shares)}
     return {"base": base_hash, "mixture": digest({u.name: [u.sha256, u.samples, u.tokens] for u in mixture.units}),
             "conflict": conflict_hash, "split": digest(dict(split))}
 

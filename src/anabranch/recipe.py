@@ -114,6 +114,8 @@ class SplitSection(Section):
     method: Literal["merit", "random", "stratified", "conflict_greedy", "kmeans", "joint", "soup"] = "merit"
     groups: int = Field(4, ge=1, description="K, any integer")
     matrix: Literal["cosine", "corrected", "gram"] = "cosine"
+    capacities: list[float] | None = Field(None, description="relative speed (or token budget) of the worker of each group; "
+                                                             "null: all equal")
 
 
 class MergeSection(Section):
@@ -133,9 +135,60 @@ class EvaluateSection(Section):
         "held_out_prompts", description="plain text that the base could model before")
 
 
+class RaySection(Section):
+    address: str | None = Field("auto", description="of the cluster's head; null starts a Ray of its own on this machine")
+    num_cpus: float = Field(1.0, ge=0, description="of each job")
+    num_gpus: float = Field(0.0, ge=0)
+    resources: dict[str, float] = Field({}, description="custom resources of each job")
+    python: str | None = Field(None, description="the interpreter on the nodes; null: the one that launches")
+
+
+class SlurmSection(Section):
+    partition: str | None = None
+    time: int | None = Field(None, ge=1, description="minutes of a job; it saves and is queued again when they are over")
+    cpus: int = Field(1, ge=1, description="of each job")
+    gpus: int = Field(0, ge=0)
+    memory: str | None = Field(None, description="as in 32GB")
+    parallel: int | None = Field(None, ge=1, description="jobs of an array at a time; null: as many as Slurm starts")
+    setup: list[str] = Field([], description="shell lines before each job: module load cuda")
+    extra: dict[str, str | int] = Field({}, description="further sbatch options by their own names: {account: abc}")
+
+
+class ExportSection(Section):
+    kind: Literal["shell", "kubernetes"] = "shell"
+    workers: int = Field(4, ge=1, description="scripts, or pods at a time")
+    image: str | None = Field(None, description="kubernetes: a container image that has anabranch in it")
+    gpus: int = Field(0, ge=0, description="kubernetes: of each pod")
+    cpus: int = Field(2, ge=1)
+    memory: str = "16Gi"
+    secret: str | None = Field(None, description="kubernetes: name of a Secret whose keys become environment variables")
+
+
 class LaunchSection(Section):
-    max_parallel: int = Field(1, ge=1, description="branches that train at the same time on this machine")
-    threads: int | None = Field(None, ge=1, description="CPU threads per branch; null: cores / max_parallel")
+    launcher: Literal["local", "ray", "slurm", "export"] = "local"
+    store: str | None = Field(None, description="folder or URL (s3://bucket/run, gs://..) that all workers see; null: "
+                                                "the run folder itself (local), OUTPUT/store (ray, slurm, export)")
+    max_parallel: int = Field(1, ge=1, description="jobs at the same time on this machine (local)")
+    threads: int | None = Field(None, ge=1, description="CPU threads per job; null: cores / max_parallel")
+    gradient_shards: int = Field(1, ge=1, description="jobs that the gradient stage is cut into")
+    lease_seconds: float = Field(120.0, gt=0, le=86400, description="a worker that is silent for so long has lost its job")
+    retries: int = Field(3, ge=0, le=1000, description="failures of a job before it is given up; preemptions are free")
+    ray: RaySection = RaySection()
+    slurm: SlurmSection = SlurmSection()
+    export: ExportSection = ExportSection()
+
+
+class TrainerSection(Section):
+    """Who trains a branch."""
+
+    kind: Literal["trl", "command"] = "trl"
+    command: list[str] = Field([], description="program, arguments; {base} {data} {out} {settings} {checkpoints} are filled in")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainerSection:
+        if (self.kind == "command") != bool(self.command):
+            raise ValueError("`command` (a list: program, then arguments) goes with `kind: command`, and only with it")
+        return self
 
 
 class Recipe(Section):
@@ -147,6 +200,7 @@ class Recipe(Section):
     merge: MergeSection = MergeSection()
     evaluate: EvaluateSection = EvaluateSection()
     launch: LaunchSection = LaunchSection()
+    trainer: TrainerSection = TrainerSection()
     output: Path = Path("run")
     seed: int = 0
 
@@ -246,7 +300,12 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
             "transfer": [source(s) for s in evaluate.transfer],
             "retention": [source(s) for s in retention] if isinstance(retention, list) else retention}),
         "output": Path(os.path.normpath(folder / recipe.output.expanduser())),
+        "launch": recipe.launch.model_copy(update={"store": _anchored_store(recipe.launch.store, folder)}),
     })
+
+
+def _anchored_store(store: str | None, folder: Path) -> str | None:
+    return store if store is None or "://" in store else os.path.normpath(folder / Path(store).expanduser())
 
 
 def check_train_arguments(train: dict[str, Any], known: set[str]) -> None:

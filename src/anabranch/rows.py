@@ -89,9 +89,24 @@ def load_unit(path: Path, split: str) -> Rows:
     """One split ('train' or 'held_out') of a unit's file. Raises CorruptedError."""
     try:
         tensors = load_file(path)
-        return Rows(tensors[f"{split}.input_ids"], tensors[f"{split}.response"], tensors[f"{split}.offsets"])
+        return _checked(Rows(tensors[f"{split}.input_ids"], tensors[f"{split}.response"], tensors[f"{split}.offsets"]))
     except Exception as error:  # safetensors raises its own type for a damaged header
         raise CorruptedError(f"{path}: unreadable unit file ({error}). Delete it and run again.") from error
+
+
+def _checked(rows: Rows) -> Rows:
+    """Rows as `save_unit` writes them: a file may have been made elsewhere. Raises ValueError."""
+    wanted = {"input_ids": np.int32, "response": np.uint8, "offsets": np.int64}
+    for name, dtype in wanted.items():
+        values = getattr(rows, name)
+        if values.dtype != dtype or values.ndim != 1:
+            raise ValueError(f"{name} is {values.dtype} {list(values.shape)}, wanted {np.dtype(dtype)} in one dimension")
+    offsets, ids = rows.offsets, rows.input_ids
+    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(ids) or len(rows.response) != len(ids):
+        raise ValueError(f"offsets do not span the {len(ids):,} tokens and {len(rows.response):,} marks")
+    if (offsets[1:] < offsets[:-1]).any() or (len(ids) and int(ids.min()) < 0):
+        raise ValueError("offsets that go back, or a negative token")
+    return rows
 
 
 def generator(seed: int, *names: str | int) -> np.random.Generator:

@@ -43,7 +43,7 @@ from anabranch.artifacts import (
     file_digest,
     write_atomically,
 )
-from anabranch.branches import branch_inputs, check_branch, check_train_section, train_branch
+from anabranch.branches import branch_inputs, check_branch, check_train_section
 from anabranch.engine.checkpoint import checkpoint_hash
 from anabranch.engine.merging import merge_checkpoints
 from anabranch.engine.plan import parse_size
@@ -54,10 +54,11 @@ from anabranch.launch.local import Job, run_jobs
 from anabranch.merge import method_named
 from anabranch.mixture import build_mixture
 from anabranch.model import keep_buffers, load_tokenizer, release_memory, resolve_model
-from anabranch.partition import partition
+from anabranch.partition import partition, whole_shares
 from anabranch.plan import load_plan, make_plan, plan_inputs
 from anabranch.recipe import Recipe
 from anabranch.report import write_report
+from anabranch.trainers.command import check_command, train_group
 
 STAGES = ("mixture", "gradients", "conflict", "split", "train", "merge", "evaluate", "report")
 # What each stage leaves; `--from STAGE` removes what it and the stages after it left.
@@ -155,8 +156,15 @@ def run_stages(run: Run, *, start: str | None = None, until: str = "report") -> 
 def check_ahead(recipe: Recipe) -> None:
     """What later stages would refuse, told before hours of work. Raises RecipeError, PlanError."""
     check_train_section(recipe)
+    check_command(recipe)
     method_named(recipe.merge.method)
+    check_capacities(recipe)
     parse_size(recipe.merge.max_shard_size)
+
+
+def check_capacities(recipe: Recipe) -> None:
+    """`split.capacities` against the method and the number of groups. Raises PlanError."""
+    whole_shares(recipe.split.method, recipe.split.capacities, 1 if recipe.split.method == "joint" else recipe.split.groups)
 
 
 def check_groups(units: int, arms: dict[str, int]) -> None:
@@ -195,6 +203,7 @@ def mixture_stage(run: Run) -> Mixture:
 
 def _mixture_for_split(run: Run) -> Mixture:
     """The mixture, once it is known to hold as many units as the recipe wants groups."""
+    check_capacities(run.recipe)
     mixture, split = mixture_stage(run), run.recipe.split
     if split.method not in ("joint", "soup"):
         check_groups(len(mixture.units), {f"split.groups ({split.method})": split.groups})
@@ -278,7 +287,8 @@ def _known_products(folder: Path) -> Any:
         return None
 
 
-def split_groups(run: Run, mixture: Mixture, method: str, count: int, seed: int) -> Plan:
+def split_groups(run: Run, mixture: Mixture, method: str, count: int, seed: int,
+                 capacities: list[float] | None = None) -> Plan:
     """A plan by a partition method, from the conflict stage's matrices (joint and soup need none)."""
     names = [u.name for u in mixture.units]
     conflict_hash = "none"
@@ -291,8 +301,9 @@ def split_groups(run: Run, mixture: Mixture, method: str, count: int, seed: int)
         tensors, conflict_hash = load_file(run.folder / "conflict" / "conflict.safetensors"), conflict.hash
     groups = partition(method, names, [u.samples for u in mixture.units],
                        tensors.get("scores", np.zeros((len(names), 1))),
-                       tensors.get("cosine", np.eye(len(names))), count, seed)
-    inputs = plan_inputs(run.base_hash, mixture, conflict_hash, {"method": method, "groups": count, "seed": seed})
+                       tensors.get("cosine", np.eye(len(names))), count, seed, capacities)
+    split = {"method": method, "groups": count, "seed": seed}
+    inputs = plan_inputs(run.base_hash, mixture, conflict_hash, split, whole_shares(method, capacities, count))
     named = {name: int(g) if g >= 0 else None for name, g in zip(names, groups, strict=True)}
     return make_plan(method, named, count, mixture, seed, inputs)
 
@@ -300,7 +311,8 @@ def split_groups(run: Run, mixture: Mixture, method: str, count: int, seed: int)
 def wanted_plan(run: Run, mixture: Mixture) -> Plan:
     """The plan that the recipe asks for."""
     split = run.recipe.split
-    return split_groups(run, mixture, split.method, 1 if split.method == "joint" else split.groups, run.recipe.seed)
+    return split_groups(run, mixture, split.method, 1 if split.method == "joint" else split.groups, run.recipe.seed,
+                        split.capacities)
 
 
 def refuse_other_plan(path: Path, plan: Plan, wanted: Plan) -> None:
@@ -340,9 +352,11 @@ def spread_line(run: Run, plan: Plan) -> str:
         return ""
     gram = load_file(run.folder / "conflict" / "conflict.safetensors")["gram"]
     tokens = [u.tokens for u in plan.units]
+    given = run.recipe.split.capacities
+    capacities = given if given and len(given) == len(plan.groups) else None  # a person may have made other groups
     chance = np.mean([conflict_maths.partition_gain(
         gram, partition("random", conflict.units, [u.samples for u in plan.units], np.zeros((len(groups), 1)),
-                        np.eye(len(groups)), len(plan.groups), seed), tokens) for seed in range(RANDOM_PLANS)])
+                        np.eye(len(groups)), len(plan.groups), seed, capacities), tokens) for seed in range(RANDOM_PLANS)])
     ratio = conflict_maths.partition_gain(gram, groups, tokens) / chance if chance else 0.0
     return f"; spread of its branches after one step (G_var): {ratio:.2f} times that of random groups"
 
@@ -397,7 +411,14 @@ def train_one(run: Run, branch: int) -> BranchManifest:
     mixture = run.mixture
     plan, _ = load_plan(run.folder / "plan.json", mixture)
     refuse_other_plan(run.folder / "plan.json", plan, wanted_plan(run, mixture))
-    return train_branch(run.recipe, plan, branch, mixture, run.folder / "mixture", run.base, run.base_hash,
+    return train_planned(run, branch)
+
+
+def train_planned(run: Run, branch: int) -> BranchManifest:
+    """One branch of the plan that is in the folder: a worker takes that as given, and has no conflict to hold it against."""
+    mixture = run.mixture
+    plan, _ = load_plan(run.folder / "plan.json", mixture)
+    return train_group(run.recipe, plan, branch, mixture, run.folder / "mixture", run.base, run.base_hash,
                         run.branch(branch))
 
 
@@ -414,6 +435,7 @@ def merge_branches(run: Run, plan: Plan, branches: list[Path], out: Path) -> Mer
     section = run.recipe.merge
     return merge_checkpoints(section.method, run.base, [b / "model" for b in branches], [g.weight for g in plan.groups],
                              out, dtype=section.dtype, max_shard_size=section.max_shard_size, made_from=made_from,
+                             labels=[*(f"branch-{g.group}" for g in plan.groups), "base"],  # not paths: the same bytes anywhere
                              progress=lambda p: run.progress("merge", "", p.done, p.total))
 
 
@@ -437,21 +459,26 @@ def evaluate_folder(run: Run, mixture: Mixture, model: Path, label: str, weights
 
 
 def evaluate_stage(run: Run) -> list[Evaluation]:
-    keep_buffers()
-    mixture, out = run.mixture, run.folder / "evaluation"
-    plan, _ = load_plan(run.folder / "plan.json", mixture)
-    models = [("base", run.base, run.base_hash)]
+    out, labels = run.folder / "evaluation", ["base"]
     if run.recipe.evaluate.branches:
-        for group in plan.groups:
-            manifest = BranchManifest.load(run.branch(group.group) / "branch.json")
-            models.append((f"branch-{group.group}", run.branch(group.group) / "model", digest(manifest.files)))
-    merged = MergeManifest.load(run.folder / "merged" / "manifest.json")
-    models.append(("merged", run.folder / "merged", merged.model_hash))
-    results = []
-    for label, folder, weights_hash in models:
-        results.append(evaluate_folder(run, mixture, folder, label, weights_hash, out / f"{label}.json"))
+        labels += [f"branch-{group.group}" for group in load_plan(run.folder / "plan.json", run.mixture)[0].groups]
+    results = [evaluate_label(run, label) for label in [*labels, "merged"]]
     run.tell(f"evaluate: {', '.join(e.model for e in results)} -> {out}")
     return results
+
+
+def evaluate_label(run: Run, label: str) -> Evaluation:
+    """Score one of the run's models: base, branch-K or merged."""
+    keep_buffers()
+    if label == "base":
+        folder, weights_hash = run.base, run.base_hash
+    elif label == "merged":
+        folder = run.folder / "merged"
+        weights_hash = MergeManifest.load(folder / "manifest.json").model_hash
+    else:
+        branch = run.branch(int(label.removeprefix("branch-")))
+        folder, weights_hash = branch / "model", digest(BranchManifest.load(branch / "branch.json").files)
+    return evaluate_folder(run, run.mixture, folder, label, weights_hash, run.folder / "evaluation" / f"{label}.json")
 
 
 def report_stage(run: Run) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,10 +13,9 @@ from hypothesis import strategies as st
 
 from anabranch.conflict import partition_gain, principal_axes
 from anabranch.errors import PlanError
-from anabranch.partition import PARTITIONERS, partition
+from anabranch.partition import BALANCED, PARTITIONERS, partition, whole_shares
 from anabranch.recipe import PARTITIONS
 
-BALANCED = ("merit", "random", "stratified")
 GROUPING = (*BALANCED, "conflict_greedy")
 
 
@@ -27,10 +28,10 @@ class Case:
     groups: int
     seed: int
 
-    def split(self, method: str, order: list[int] | None = None) -> np.ndarray:
+    def split(self, method: str, order: list[int] | None = None, capacities: list[float] | None = None) -> np.ndarray:
         o = list(range(len(self.names))) if order is None else order
         return partition(method, [self.names[i] for i in o], [self.samples[i] for i in o], self.scores[o],
-                         self.cosine[np.ix_(o, o)], self.groups, self.seed)
+                         self.cosine[np.ix_(o, o)], self.groups, self.seed, capacities)
 
 
 @st.composite
@@ -206,3 +207,182 @@ def test_all_problems_come_in_one_message():
 def test_an_unknown_method_gets_the_closest_name():
     with pytest.raises(PlanError, match=r"unknown method `stratify`.*`stratified`"):
         partition("stratify", ["a"], [1], np.zeros((1, 1)), np.eye(1), 1, 0)
+
+
+# ---- groups of unequal capacity -------------------------------------------------------------------------------------
+
+SPEEDS = (st.sampled_from([1.0, 2.0, 3.0, 10.0]) | st.floats(0.05, 20) | st.sampled_from([1e-6, 0.1, 1e6])
+          | st.floats(5e-324, 1.7e308))  # any number > 0 that a recipe can hold
+
+
+@st.composite
+def uneven(draw: st.DrawFn) -> tuple[Case, list[float]]:
+    case = draw(cases())
+    return case, draw(st.lists(SPEEDS, min_size=case.groups, max_size=case.groups))
+
+
+def targets(case: Case, capacities: list[float]) -> list[Fraction]:
+    """t_k = W c_k / C, exactly; a capacity counts as it is written."""
+    exact = [Fraction(repr(c)) for c in capacities]
+    return [sum(case.samples) * c / sum(exact) for c in exact]
+
+
+@settings(max_examples=400, deadline=None)
+@given(uneven(), st.sampled_from(BALANCED))
+def test_balance_by_capacity(drawn, method):
+    """The bound in partition.py, in exact numbers: t_k - m - F_k <= W_k <= t_k + m, and no group is empty."""
+    case, capacities = drawn
+    groups = case.split(method, capacities=capacities)
+    assert sorted(set(groups.tolist())) == list(range(case.groups))
+    heaviest, wanted = max(case.samples), targets(case, capacities)
+    for k, target in enumerate(wanted):
+        weight = sum(s for s, group in zip(case.samples, groups, strict=True) if group == k)
+        too_small = sum(max(Fraction(0), heaviest - t) for j, t in enumerate(wanted) if j != k)
+        assert target - heaviest - too_small <= weight <= target + heaviest
+        if min(wanted) >= heaviest:
+            assert abs(weight - target) <= heaviest
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.sampled_from(BALANCED))
+def test_balance_within_the_largest_unit_where_every_group_can_hold_one(data, method):
+    """As for equal groups. Drawn so that every target is at least the largest unit."""
+    samples = data.draw(st.lists(st.integers(1, 30), min_size=30, max_size=60))
+    capacities = data.draw(st.lists(st.floats(1, 5), min_size=2, max_size=4))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    case = Case([f"u{i}" for i in rng.permutation(len(samples))], samples, rng.normal(size=(len(samples), 2)),
+                np.eye(len(samples)), len(capacities), 0)
+    wanted = targets(case, capacities)
+    if min(wanted) < max(samples):
+        return
+    weight = np.bincount(case.split(method, capacities=capacities), weights=samples)
+    assert max(abs(Fraction(int(w)) - t) for w, t in zip(weight, wanted, strict=True)) <= max(samples)
+
+
+@settings(max_examples=150, deadline=None)
+@given(uneven(), st.sampled_from(BALANCED), st.randoms(use_true_random=False))
+def test_order_of_input_changes_nothing_by_capacity_either(drawn, method, random):
+    case, capacities = drawn
+    order = list(range(len(case.names)))
+    random.shuffle(order)
+    whole = case.split(method, capacities=capacities)
+    assert case.split(method, order, capacities).tolist() == whole[order].tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.sampled_from([*GROUPING, "joint", "soup"]), SPEEDS)
+def test_equal_capacities_are_none_at_all(case, method, speed):
+    if method == "joint":
+        case.groups = 1
+    assert case.split(method, capacities=[speed] * case.groups).tolist() == case.split(method).tolist()
+
+
+def halved_before_there_were_capacities(names: list[str], samples: list[int], scores: np.ndarray, groups: int) -> list[int]:
+    """`merit` as it was while all groups were equal, in plain words: K groups into ceil(K/2) and floor(K/2), each cut the one
+    nearest to the proportion of the part among those that keep both sides within the largest unit of their share of all."""
+    whole, heaviest = sum(samples), max(samples)
+    result = [0] * len(names)
+
+    def divide(part: list[int], count: int, first: int, level: int) -> None:
+        if count == 1:
+            for unit in part:
+                result[unit] = first
+            return
+        part = sorted(part, key=lambda i: (scores[i, level % scores.shape[1]], names[i]))
+        left, weight = (count + 1) // 2, sum(samples[i] for i in part)
+        cuts = [(n, sum(samples[i] for i in part[:n])) for n in range(left, len(part) - (count - left) + 1)]
+        sound = [(n, w) for n, w in cuts if abs(w - Fraction(left * whole, groups)) <= heaviest
+                 and abs(weight - w - Fraction((count - left) * whole, groups)) <= heaviest]
+        cut = min(sound or cuts, key=lambda c: (abs(c[1] - Fraction(weight * left, count)), c[0]))[0]
+        divide(part[:cut], left, first, level + 1)
+        divide(part[cut:], count - left, first + left, level + 1)
+
+    divide(list(range(len(names))), groups, 0, 0)
+    return result
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_plans_without_capacities_are_what_they_always_were(case):
+    assert case.split("merit").tolist() == halved_before_there_were_capacities(case.names, case.samples, case.scores,
+                                                                               case.groups)
+
+
+@settings(max_examples=100, deadline=None)
+@given(uneven(), st.sampled_from(BALANCED), st.integers(2, 9))
+def test_only_the_ratios_of_capacities_count(drawn, method, factor):
+    case, _ = drawn
+    speeds = [float(1 + (k * 7) % 5) for k in range(case.groups)]
+    assert case.split(method, capacities=[factor * s for s in speeds]).tolist() == case.split(
+        method, capacities=speeds).tolist()
+
+
+def test_a_fast_worker_gets_its_share_by_hand():
+    """Eight equal units along one axis, capacities 1 : 3 -> 2 and 6; the cut is where axis 1 puts it."""
+    scores = np.arange(8.0)[:, None]
+    assert partition("merit", list("hgfedcba"), [5] * 8, scores, np.eye(8), 2, 0, [1, 3]).tolist() == [0, 0] + [1] * 6
+    assert partition("merit", list("hgfedcba"), [5] * 8, scores, np.eye(8), 2, 0, [3, 1]).tolist() == [0] * 6 + [1] * 2
+
+
+def test_no_group_is_empty_however_small_its_capacity():
+    """Ten equal units, ten groups: one each, though the first could train 91 % of them. No balance can be had here."""
+    for method in BALANCED:
+        groups = partition(method, list("abcdefghij"), [1] * 10, np.arange(10.0)[:, None], np.eye(10), 10, 0, [91] + [1] * 9)
+        assert sorted(groups.tolist()) == list(range(10))
+
+
+def test_stratified_by_capacity_still_gives_every_group_a_share_of_every_cluster():
+    """Clusters of 8 to groups that take 1 : 1 : 2 of everything: 2, 2 and 4 of each, or one unit off."""
+    case = blobs(8)
+    case.groups = 3
+    groups = case.split("stratified", capacities=[1, 1, 2]).reshape(4, 8)
+    for row in groups:
+        assert np.abs(np.bincount(row, minlength=3) - [2, 2, 4]).max() <= 1
+
+
+def test_whole_shares_are_the_ratios_as_written():
+    assert whole_shares("merit", None, 3) == (1, 1, 1)
+    assert whole_shares("merit", [0.1, 0.3], 2) == (1, 3)  # 0.3 / 0.1 is 2.9999999999999996 in binary
+    assert whole_shares("merit", [1.5, 3, 4.5], 3) == (1, 2, 3)
+    assert whole_shares("soup", [7, 7], 2) == (1, 1)
+
+
+@pytest.mark.parametrize(("capacities", "said"), [
+    ([1, 2, 3], "3 given for 2 groups"), ([], "0 given for 2 groups"), ([1, 0], "group 1: got 0"),
+    ([-1.0, 1], r"group 0: got -1\.0"), ([1, float("nan")], "group 1: got nan"), ([float("inf"), 1], "group 0: got inf")])
+def test_capacities_that_mean_nothing_are_refused(capacities, said):
+    with pytest.raises(PlanError, match=said):
+        blobs_of_two().split("merit", capacities=capacities)
+
+
+def blobs_of_two() -> Case:
+    case = blobs()
+    case.groups = 2
+    return case
+
+
+def test_all_problems_of_capacities_come_in_one_message():
+    with pytest.raises(PlanError) as caught:
+        blobs_of_two().split("random", capacities=[0, float("nan"), 1])
+    assert all(part in str(caught.value) for part in ("group 0: got 0", "group 1: got nan", "3 given for 2 groups"))
+
+
+@pytest.mark.parametrize("method", sorted(set(PARTITIONERS) - set(BALANCED) - {"joint"}))
+def test_methods_that_do_not_balance_refuse_unequal_capacities(method):
+    with pytest.raises(PlanError, match=r"does not balance its groups.*`merit`"):
+        blobs_of_two().split(method, capacities=[1, 2])
+
+
+def test_equal_capacities_leave_no_trace_in_what_a_plan_is_made_from():
+    from anabranch.artifacts import Mixture
+    from anabranch.plan import plan_inputs
+
+    mixture = Mixture(units=[], transfer=[], retention=[], excluded=[], duplicates_in_train=0, duplicates_across=0,
+                      max_length=8, chat_template="plain", examples=[])
+    split = {"method": "merit", "groups": 2, "seed": 0}
+    before = plan_inputs("base", mixture, "conflict", split)
+    # the digest that runs made before there were capacities: SHA-256 of the canonical JSON of `split`
+    assert before["split"] == hashlib.sha256(b'{"groups":2,"method":"merit","seed":0}').hexdigest()
+    assert plan_inputs("base", mixture, "conflict", split, (1, 1)) == before
+    uneven_plan = plan_inputs("base", mixture, "conflict", split, (1, 2))
+    assert {k for k in before if uneven_plan[k] != before[k]} == {"split"}

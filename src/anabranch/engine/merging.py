@@ -44,6 +44,8 @@ def merge_checkpoints(
     parameters: dict[str, Any] | None = None,
     seed: int = 0,
     made_from: dict[str, str],
+    labels: Sequence[str] | None = None,
+    missing: Sequence[int] = (),
     settings: Settings | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> MergeManifest:
@@ -64,6 +66,8 @@ def merge_checkpoints(
         parameters: the method's own, by name.
         seed: of methods that draw random numbers.
         made_from: name of an input -> its hash, for the manifest; checking them is the caller's.
+        labels: how messages and the manifest call the branches and, last, the base; None: by their paths.
+        missing: branches of the plan that are not among `branches`, for the manifest.
         settings: threads, memory, device.
         progress: called again and again with what is done.
     Raises:
@@ -78,14 +82,15 @@ def merge_checkpoints(
     limit = parse_size(max_shard_size)
     origin = Checkpoint.open(base)
     wanted = {"method": method, "arguments": _jsonable(arguments), "weights": weights, "made_from": made_from, "seed": seed,
-              "dtype": dtype or dtypes_of(origin)}
+              "dtype": dtype or dtypes_of(origin), "missing": list(missing)}
     if (finished := already_there(out, wanted)) is not None:
         return finished
     opened = (*(Checkpoint.open(branch) for branch in branches), origin)
     names = line_up(origin, opened[:-1])
     embeddings = {name for name, place in layout_of(origin).places.items() if place.embedding}
     tensors = [_wanted(record, arguments, weights, origin, name, dtype, name in embeddings) for name in names]
-    inputs = (*(Input(str(branch), branch) for branch in branches), Input(str(base), base))
+    places = [*branches, base]
+    inputs = tuple(Input(label, place) for label, place in zip(labels or map(str, places), places, strict=True))
     merge = Merge(inputs, opened, lay_out(tensors, limit, origin.stem), seed)
     folder = OutputFolder(out, merge.plan, carried_files(origin, merge.plan, dtype))
     settings = replace(settings or Settings(threads=min(4, os.cpu_count() or 1)), displacements=True)

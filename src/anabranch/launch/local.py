@@ -15,11 +15,12 @@ from anabranch.errors import BranchFailed
 
 @dataclass(frozen=True)
 class Job:
-    """One command. `log` is appended to."""
+    """One command. `log` is appended to; `needs` are the names of jobs that must have ended well before it starts."""
 
     name: str
     command: list[str]
     log: Path
+    needs: tuple[str, ...] = ()
 
 
 def run_jobs(jobs: list[Job], *, max_parallel: int = 1, threads: int | None = None,
