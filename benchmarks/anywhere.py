@@ -32,8 +32,8 @@ SAME = ["plan.json", "gradients/gradients.json", "merged/model.safetensors", "me
 
 
 def run(recipe: Path, output: Path, *more: str) -> None:
-    subprocess.run([sys.executable, "-m", "anabranch", "run", str(recipe), "--set", f"output={output}", "--set", "launch.threads=1",
-                    *more], check=True)
+    subprocess.run([sys.executable, "-m", "anabranch", "run", str(recipe), "--set", f"output={output}", "--set",
+                    "launch.threads=1", *more], check=True)
 
 
 def local(recipe: Path, output: Path) -> None:

@@ -283,8 +283,8 @@ def main() -> None:
             runs.append(one := simulate(rate, workers, seed, even))
             print(f"{rate:.5f}/h, {workers} {'even' if even else 'uneven'} workers, seed {seed}: {one['hours']:.2f} h, ideal "
                   f"{one['ideal_hours']:.2f} h, x{one['ratio']:.2f}, {one['requests_per_second']:.1f} requests/s (busiest "
-                  f"minute {one['busiest_minute_per_second']:.0f}), {one['deaths'].get('while holding a job', 0)} jobs interrupted, "
-                  f"complete {one['complete']}, rivals {one['rivals']}", flush=True)
+                  f"minute {one['busiest_minute_per_second']:.0f}), {one['deaths'].get('while holding a job', 0)} jobs "
+                  f"interrupted, complete {one['complete']}, rivals {one['rivals']}", flush=True)
     moved = moved_by_data_parallel()
     record("lease_simulation", {"runs": runs, "seven_b": moved})
 

@@ -38,7 +38,7 @@ from anabranch.artifacts import (
     UnitScore,
     digest,
 )
-from anabranch.branches import train_branch, train_hash, train_settings
+from anabranch.branches import train_hash, train_settings
 from anabranch.engine.merging import merge_checkpoints
 from anabranch.errors import ProvenanceError, RecipeError, closest
 from anabranch.evaluate import evaluation_inputs
@@ -57,6 +57,7 @@ from anabranch.run import (
     split_groups,
 )
 from anabranch.scores import PLACES, TIE, Place, macro_loss, mean_answer, paired_interval, token_loss, wilcoxon_better
+from anabranch.trainers.command import train_group
 
 SPLITS = ("random", "stratified", "kmeans", "conflict_greedy", "soup")
 PARTITIONED = ("merit", "random", "stratified", "kmeans", "conflict_greedy")
@@ -251,7 +252,7 @@ def _train_arm(run: Run, arm: Arm, seed: int, folder: Path, plan_of: PlanOf) -> 
     if merged.exists() and not (paths[0] / "model").exists():  # only the evaluation changed
         return MergeManifest.load(merged), [BranchManifest.load(p / "branch.json") for p in paths]
     recipe = with_larger_batch(run.recipe, arm.number) if arm.method == "joint_batch" else run.recipe
-    trained = [train_branch(recipe, plan, g.group, mixture, run.folder / "mixture", run.base, run.base_hash, p)
+    trained = [train_group(recipe, plan, g.group, mixture, run.folder / "mixture", run.base, run.base_hash, p)
                for g, p in zip(plan.groups, paths, strict=True)]
     as_trained = Run(recipe, run.folder, run.base, run.base_hash, run.tell, run.progress)
     return merge_branches(as_trained, plan, paths, folder / "merged"), trained

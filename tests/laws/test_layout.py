@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "anabranch"
 MODULES = sorted(SOURCE.rglob("*.py"))
 NESTED = ("diagnose", "mergeability")
 STAGES = {"mixture", "gradients", "conflict", "partition", "branches", "evaluate"}
-PURE = ["conflict.py", "partition.py", "theory.py", "outlook.py", "merge",
+PURE = ["conflict.py", "partition.py", "theory.py", "outlook.py", "finish.py", "merge",
         *(f"diagnose/{m}.py" for m in ("connectivity", "displacement", "surface", "perturbation", "curvature", "calibration",
                                        "gradient_map")),
         *(f"mergeability/{m}.py" for m in ("metrics", "eigen", "published", "published_arms", "rule", "predict", "trial",

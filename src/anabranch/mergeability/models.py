@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from anabranch.artifacts import BranchManifest, Mixture, Plan, Unit, digest
-from anabranch.branches import branch_inputs, check_branch, train_branch
+from anabranch.branches import branch_inputs, check_branch
 from anabranch.errors import AnabranchError, BranchFailed, MixtureError
 from anabranch.launch.local import Job, run_jobs
 from anabranch.plan import make_plan
 from anabranch.rows import Rows, budget_indices, generator, load_unit, save_unit
 from anabranch.run import Run, branch_progress, reopen_run
+from anabranch.trainers.command import train_group
 
 FOLDER = "mergeability"
 CALIBRATION_SHARE = 0.25  # of a task's training rows, at most
@@ -166,7 +167,7 @@ def train_some(run: Run, tasks: Sequence[str], tell: Callable[[str], None]) -> N
     for task in tasks:
         unit = mixture.unit(task)
         try:
-            manifest = train_branch(run.recipe, model_plan(run, mixture, task), 0, mixture, folder_of(run) / "mixture",
+            manifest = train_group(run.recipe, model_plan(run, mixture, task), 0, mixture, folder_of(run) / "mixture",
                                     run.base, run.base_hash, model_folder(run, unit))
         except BranchFailed:
             raise
