@@ -44,7 +44,7 @@ from machine import record
 
 ROOT = Path(__file__).parents[1]
 LEASE, WORKERS, DISK = 8.0, 3, 96  # seconds; at a time; MB of a worker's disk
-MEAN_PAUSE = 4.0  # seconds between two events
+MEAN_PAUSE = 1.2  # seconds between two events
 EVENTS = ("kill worker", "kill both", "kill child", "term", "pause", "disk")
 WEIGHTS = (6, 6, 2, 4, 2, 2)
 SKEWS = ("+0", "+2d", "-2d", "+3h", "-50m", "+10s")
@@ -175,18 +175,20 @@ def torment(url: str, work: Path, seed: int, kills: int, environment: dict[str, 
     """Workers and events until every job is done; after `kills` kills the events stop, so that it ends."""
     store = open_store(url, cache=work / "observer")
     run, watch = read_run(store), leases.Watch()
-    chaos, begun, next_strike, jobs_at_kills = Chaos(url, work, seed, environment), time.monotonic(), 0.0, None
+    chaos, begun, jobs_at_kills = Chaos(url, work, seed, environment), time.monotonic(), None
+    next_strike, next_look, done = begun + 10.0, 0.0, set[str]()
     try:
         while True:
-            done = leases.finished(store, run, watch)
+            if time.monotonic() > next_look:
+                done, next_look = leases.finished(store, run, watch), time.monotonic() + 5.0
             for slot in chaos.slots:
                 chaos.tend(slot, len(done) == len(run.jobs))
             if len(done) == len(run.jobs):
                 break
             if chaos.kills < kills:
-                if time.monotonic() > next_strike:
+                while time.monotonic() > next_strike:
                     chaos.strike()
-                    next_strike = time.monotonic() + chaos.draws.expovariate(1 / MEAN_PAUSE)
+                    next_strike += chaos.draws.expovariate(1 / MEAN_PAUSE)
             elif jobs_at_kills is None:
                 jobs_at_kills = len(done)
             print(f"\r{time.monotonic() - begun:.0f} s, {chaos.kills} kills, {len(done)} of {len(run.jobs)} jobs   ", end="",
@@ -245,7 +247,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     recipe = make_demo(work / "demo")
     quiet_env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    common = ["--set", "train.save_steps=5", "--set", "launch.threads=1"]
+    common = ["--set", "train.save_steps=5", "--set", "mixture.epochs=6", "--set", "launch.threads=1"]
     subprocess.run(anabranch("run", recipe, *common, "--set", f"output={work / 'quiet'}"), check=True, env=quiet_env)
     with open(work / "server.env", "w") as told:
         server = subprocess.Popen([sys.executable, ROOT / "tests" / "s3_server.py", "--port", "9321", "--faults",

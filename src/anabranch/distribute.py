@@ -10,14 +10,34 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from anabranch import jobs
-from anabranch.artifacts import BranchManifest, Gradients, Plan, digest, file_digest
+from anabranch.artifacts import (
+    Artifact,
+    BranchManifest,
+    Conflict,
+    Evaluation,
+    Gradients,
+    MergeManifest,
+    Plan,
+    digest,
+    file_digest,
+)
 from anabranch.branches import branch_inputs, check_branch
-from anabranch.errors import AnabranchError, BranchFailed, ProvenanceError, RecipeError
+from anabranch.errors import (
+    AnabranchError,
+    BranchFailed,
+    CorruptedError,
+    ProvenanceError,
+    RecipeError,
+    describe_validation_error,
+)
 from anabranch.gradients import unit_key
 from anabranch.launch.local import Job, run_jobs
 from anabranch.perform import trusted_parts
 from anabranch.plan import load_plan
+from anabranch.recipe import Recipe
 from anabranch.run import STAGES, Run, record_recipe, refuse_other_plan, run_stages, wanted_plan
 from anabranch.store import leases
 from anabranch.store.artifacts import Files, Result, StoredBase, StoredRun
@@ -25,16 +45,37 @@ from anabranch.store.files import Store, open_store
 from anabranch.worker import read_run
 
 BASE_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+NOUNS: dict[str, type[Artifact]] = {"gradients.json": Gradients, "conflict.json": Conflict, "plan.json": Plan,
+                                    "branch.json": BranchManifest, "manifest.json": MergeManifest}
+NOUN_LIMIT = 2**28  # bytes of one of them
 LAST = ("branch.json", "manifest.json", "gradients.json", "conflict.json")  # a stage counts as done once these are there
 
 
-def store_url(run: Run) -> str:
+def store_url(recipe: Recipe) -> str:
     """Where the run's store is: as the recipe says, or in the run folder."""
-    return run.recipe.launch.store or str(run.folder / "store")
+    return recipe.launch.store or str(recipe.output / "store")
 
 
-def goes_through_store(run: Run) -> bool:
-    return run.recipe.launch.launcher != "local" or run.recipe.launch.store is not None
+def goes_through_store(recipe: Recipe) -> bool:
+    return recipe.launch.launcher != "local" or recipe.launch.store is not None
+
+
+def check_launch(recipe: Recipe) -> None:
+    """What the launcher would refuse, told before hours of work. Raises RecipeError, OutputError."""
+    launch = recipe.launch
+    open_store(store_url(recipe))
+    if launch.launcher == "ray":
+        from anabranch.launch.ray import check_ray
+
+        check_ray(launch.ray)
+    elif launch.launcher == "slurm":
+        from anabranch.launch.slurm import check_slurm
+
+        check_slurm(launch.slurm)
+    elif launch.launcher == "export":
+        from anabranch.launch.export import check_export
+
+        check_export(store_url(recipe), launch.export)
 
 
 def run_anywhere(run: Run, *, start: str | None = None, until: str = "report") -> None:
@@ -44,15 +85,16 @@ def run_anywhere(run: Run, *, start: str | None = None, until: str = "report") -
         RecipeError: `start` with a store, whose results never change.
         BranchFailed: jobs that failed too often, named; finished work is kept.
     """
-    if not goes_through_store(run) or STAGES.index(until) < STAGES.index("gradients"):
+    if not goes_through_store(run.recipe) or STAGES.index(until) < STAGES.index("gradients"):
         run_stages(run, start=start, until=until)
         return
     if start is not None:
         raise RecipeError(f"--from {start}: results in a store never change. To make a stage anew, give `launch.store` another "
                           "place (finished work in the run folder that still fits is taken along).")
-    run_stages(run, until="mixture")
-    store = open_store(store_url(run))
+    check_launch(run.recipe)
+    store = open_store(store_url(run.recipe))
     store.probe()
+    run_stages(run, until="mixture")
     stored = send_run(run, store)
     wanted = jobs.jobs_until(stored, until, STAGES)
     watch = leases.Watch()
@@ -259,9 +301,19 @@ def _bring(run: Run, store: Store, result: Result, path: str) -> None:
     here, ref = run.folder / path, result.files[path]
     if here.is_file() and here.stat().st_size == ref.size and file_digest(here) == ref.sha256:
         return
-    if path == "plan.json" and here.exists():
-        mine, theirs = Plan.load(here), leases.parse(Plan, store.read_object(ref), f"plan.json of {result.worker}")
-        if mine != theirs:
+    noun = Evaluation if path.startswith("evaluation/") else NOUNS.get(path.rsplit("/", 1)[-1])
+    if noun is not None and not path.startswith(f"branches/{jobs.branch_of(result.job)}/model/"):
+        theirs = _parsed(noun, store.read_object(ref, NOUN_LIMIT), f"{path} of {result.worker}")
+        if path == "plan.json" and here.exists() and Plan.load(here) != theirs:
             raise ProvenanceError(f"{here}: not the plan that the workers follow. Remove it to take theirs, or give "
                                   "`launch.store` another place to train by yours.")
     store.get(ref, here)
+
+
+def _parsed(noun: type[Artifact], data: bytes, where: str) -> Artifact:
+    """A stranger's artifact, read before it may lie in the run folder: a later stage would stop at one that is none."""
+    try:
+        return noun.model_validate_json(data)
+    except ValidationError as error:
+        problems = describe_validation_error(error, noun)[:20]
+        raise CorruptedError.of(f"{where}: not a valid {noun.__name__}:", problems) from error

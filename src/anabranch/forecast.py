@@ -10,8 +10,10 @@ from pathlib import Path
 
 from anabranch.artifacts import Mixture
 from anabranch.branches import train_settings
+from anabranch.distribute import check_launch, goes_through_store, store_url
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.errors import AnabranchError, RecipeError
+from anabranch.jobs import job_table
 from anabranch.mixture import build_mixture
 from anabranch.model import load_tokenizer, resolve_model
 from anabranch.recipe import Recipe, Source
@@ -28,7 +30,7 @@ def forecast(recipe: Recipe, *, progress: Progress = lambda *_: None) -> list[st
         RecipeError: every problem found, in one message.
     """
     problems: list[str] = []
-    for check in (check_ahead, _check_sources):
+    for check in (check_ahead, _check_sources, *((check_launch,) if goes_through_store(recipe) else ())):
         try:
             check(recipe)
         except AnabranchError as error:
@@ -114,4 +116,15 @@ def _stage_lines(recipe: Recipe, mixture: Mixture | None, entries: int) -> list[
                                                     "checkpoint, ")
         lines.append(f"disk       {size * count:.2f} GB of branches (float32), {checkpoints}{size:.2f} GB or less for the "
                      f"result{work}")
-    return [*lines, f"output     {recipe.output}", "Nothing was written. Without --dry-run the same command starts."]
+    return [*lines, *_store_lines(recipe, mixture, count, entries), f"output     {recipe.output}", "Nothing was written. Without --dry-run the same command starts."]
+
+
+def _store_lines(recipe: Recipe, mixture: Mixture | None, groups: int, entries: int) -> list[str]:
+    """What goes through the store, if the recipe has one; sizes are of rows as they are stored, and of float32 weights."""
+    if not goes_through_store(recipe):
+        return []
+    count = len(job_table(recipe, groups))
+    rows = f"{mixture.tokens * 5 / 1e6:,.1f} MB of rows" if mixture is not None else "the rows"
+    base = " and the base" if Path(recipe.model.path).is_dir() else ""
+    size = f"; {entries * 4 / 1e9:.2f} GB come back with a branch, three times that go with a checkpoint" if entries else ""
+    return [f"store      {store_url(recipe)}, launcher {recipe.launch.launcher}: {count} jobs; {rows}{base} go there{size}"]

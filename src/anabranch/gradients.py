@@ -235,6 +235,8 @@ def _record(out: Path, unit: Unit) -> tuple[GradientRecord, int, int]:
         with safe_open(path, "np") as file:
             about, size = json.loads(file.metadata()["anabranch"]), file.get_slice("half_a").get_shape()[0]
             counts = [int(about[key]) for key in ("examples", "tokens_a", "tokens_b", "parameters")]
+            if not all(0 <= count < 2**53 for count in counts):
+                raise ValueError(f"it counts {counts}")
     except Exception as error:
         raise CorruptedError(f"{path}: unreadable gradient sketch of unit {unit.name!r} ({error}). Delete it and run "
                              "the same command again.") from error

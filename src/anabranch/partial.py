@@ -46,9 +46,9 @@ def bring_finished(run: Run) -> None:
         BranchFailed: results that cannot be taken; ProvenanceError: the workers follow another plan than the folder's.
         CorruptedError, OutputError: the store is damaged, or does not answer.
     """
-    if not goes_through_store(run):
+    if not goes_through_store(run.recipe):
         return
-    store = open_store(store_url(run))
+    store = open_store(store_url(run.recipe))
     if store.read("run.json") is None:
         return  # nothing was sent there yet
     stored = read_run(store)

@@ -28,6 +28,8 @@ from anabranch.errors import (
 from anabranch.recipe import Recipe
 from anabranch.store.artifacts import StoredRun
 
+LORA_TABLES = ("rank_pattern", "alpha_pattern")  # ranks by layer: no more than numbers
+SETTINGS_FILES = (".json", ".yaml", ".yml", ".py", ".jinja")
 CONFIG_REFUSED = {"quantization_config", "base_model_name_or_path"}
 MACHINE_FAILED = 75  # exit code: this machine's disk or memory, not the job
 PREEMPTED = 85  # exit code: asked to stop, and saved; to be started again
@@ -40,9 +42,17 @@ def trusted_parts(recipe: Recipe) -> list[str]:
         parts.append("trainer.command: " + " ".join(recipe.trainer.command))
     if recipe.model.trust_remote_code:
         parts.append("model.trust_remote_code: the model's own Python code")
-    parts += [f"train.{key}: {value!r} (a path, a program or settings of another library)"
-              for key, value in recipe.train.items() if isinstance(value, dict) or (isinstance(value, str) and "/" in value)]
+    settings = [(f"train.{key}", value) for key, value in recipe.train.items()]
+    settings += [(f"model.lora.{key}", value) for key, value in (recipe.model.lora or {}).items() if key not in LORA_TABLES]
+    parts += [f"{key}: {value!r} (a path, a program or settings of another library)"
+              for key, value in settings if _reaches_out(value)]
     return parts
+
+
+def _reaches_out(value: object) -> bool:
+    if isinstance(value, list):
+        return any(_reaches_out(inner) for inner in value)
+    return isinstance(value, dict) or (isinstance(value, str) and ("/" in value or value.endswith(SETTINGS_FILES)))
 
 
 def recipe_of(run: StoredRun) -> Recipe:
@@ -60,20 +70,22 @@ def check_config(model: Path) -> None:
     Code beside it (`auto_map`) is not run in any case, unless the recipe says trust_remote_code. Raises CorruptedError.
     """
     path = model / "config.json"
+    strange: set[str] = set()
     try:
         value = json.loads(path.read_text())
+        below = [value]
+        while below:
+            here = below.pop()
+            pairs = here.items() if isinstance(here, dict) else ()
+            strange |= {key for key, inner in pairs if key in CONFIG_REFUSED
+                        or ("implementation" in key and "/" in str(inner))}  # a kernel of the Hub
+            below += here.values() if isinstance(here, dict) else here if isinstance(here, list) else ()
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptedError(f"{path}: cannot be read as JSON ({error}).") from error
-    strange, below = set(), [value]
-    while below:
-        here = below.pop()
-        pairs = here.items() if isinstance(here, dict) else ()
-        strange |= {key for key, inner in pairs if key in CONFIG_REFUSED
-                    or ("implementation" in key and "/" in str(inner))}  # a kernel of the Hub
-        below += here.values() if isinstance(here, dict) else here if isinstance(here, list) else ()
     if strange or not isinstance(value, dict):
-        raise CorruptedError(f"{path}: says {', '.join(sorted(strange)) or 'no object'}, which makes transformers load kernels, "
-                             "other models or packed weights. Another worker made it, so it is not loaded without --trust.")
+        raise CorruptedError(f"{path}: says {', '.join(sorted(strange)) or 'no object'}, which makes transformers load "
+                             "kernels, other models or packed weights. Another worker made it, so it is not loaded without "
+                             "--trust.")
 
 
 def perform(folder: Path, job: str, *, model: Path | None = None, trust: bool = False,

@@ -63,8 +63,12 @@ def load_plan(path: Path, mixture: Mixture) -> tuple[Plan, bool]:
     if problems:
         raise PlanError.of(f"{path}: does not fit the mixture. Mend it, or run with `--from split` to plan anew:",
                            problems)
+    if not plan.units or not plan.groups:
+        raise PlanError(f"{path}: no units or no groups. Run with `--from split` to plan anew.")
     highest = max((u.group for u in plan.units if u.group is not None), default=len(plan.groups) - 1)
     count = len(plan.groups) if plan.units[0].group is None else max(highest + 1, 1)
+    if count > len(plan.units) and plan.units[0].group is not None:
+        raise PlanError(f"{path}: `group` goes up to {highest}, and there are {len(plan.units)} units: every group needs one.")
     groups = summarise_groups(plan.units, count)
     edited = groups != plan.groups
     return (plan.model_copy(update={"groups": groups}) if edited else plan), edited

@@ -146,7 +146,7 @@ def test_the_program_gets_the_rows_that_trl_would(run, program, monkeypatch):
 def test_a_failed_program_is_told_with_the_end_of_its_log_and_no_secret(run, program, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "very-secret-value")
     monkeypatch.setenv("SABOTAGE", "print('line one'); print('key', os.environ['MY_API_KEY']); sys.exit('out of cheese')")
-    with pytest.raises(BranchFailed, match=r"(?s)exit code 1.*line one.*<MY_API_KEY>.*out of cheese") as caught:
+    with pytest.raises(BranchFailed, match=r"(?s)exit code 1.*line one.*key \*\*\*.*out of cheese") as caught:
         train(run, by(run, *program))
     assert "very-secret-value" not in str(caught.value) and not (run.branch(0) / "branch.json").exists()
     monkeypatch.setenv("SABOTAGE", "os.kill(os.getpid(), signal.SIGSEGV)")

@@ -230,7 +230,7 @@ def _open_files(folder: Path) -> tuple[dict[str, Any], Any]:
         config = json.loads((folder / CONFIG).read_text())
         if not isinstance(config, dict):
             raise ValueError(f"holds {type(config).__name__}, wanted an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptedError(f"{folder / CONFIG}: cannot be read as JSON ({error}). Fetch this file again.") from error
     try:
         return config, safe_open(folder / WEIGHTS, framework="pt")

@@ -228,7 +228,7 @@ def _header_of(path: Path) -> dict[str, TensorInfo]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptedError(f"{path}: cannot be read as JSON ({error}). Fetch this file again.") from error
     if not isinstance(value, dict):
         raise CorruptedError(f"{path}: holds {type(value).__name__}, wanted an object. Fetch this file again.")

@@ -70,7 +70,7 @@ def export_jobs(root: str, section: ExportSection, out: Path, *, trust: bool = F
             that Kubernetes would refuse. All in one message.
         OutputError: the folder cannot be written.
     """
-    _check(root, section)
+    check_export(root, section)
     if _is_folder(root):
         root = str(Path(root.removeprefix("file://")).absolute())
     words = ["anabranch", "work", root, *(["--trust"] if trust else [])]
@@ -131,7 +131,8 @@ def job_name(root: str) -> str:
     return f"anabranch-{last}"[:45].rstrip("-")
 
 
-def _check(root: str, section: ExportSection) -> None:
+def check_export(root: str, section: ExportSection) -> None:
+    """What can be known before anything is written. Raises RecipeError."""
     problems = []
     if not _is_folder(root):
         try:

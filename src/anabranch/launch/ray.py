@@ -12,6 +12,7 @@ Credentials are not sent along: commands see the environment that the nodes' own
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import signal
@@ -109,14 +110,11 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _connect(section: RaySection) -> tuple[Any, bool]:
     """The ray module, connected, and whether the connection (and perhaps the whole Ray) is ours to end."""
-    try:
-        import ray
-    except ImportError:
-        raise RecipeError("launcher: ray needs Ray, which is not installed: pip install 'anabranch[ray]'") from None
+    check_ray(section)
+    import ray
+
     if ray.is_initialized():
         return ray, False
-    if section.address is not None:
-        _check_answers(section.address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if section.address is None:
@@ -127,6 +125,14 @@ def _connect(section: RaySection) -> tuple[Any, bool]:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise _no_cluster(section.address, str(error).strip()[:600]) from None
     return ray, True
+
+
+def check_ray(section: RaySection) -> None:
+    """What can be known before anything is started. Raises RecipeError."""
+    if importlib.util.find_spec("ray") is None:
+        raise RecipeError("launcher: ray needs Ray, which is not installed: pip install 'anabranch[ray]'")
+    if section.address is not None:
+        _check_answers(section.address)
 
 
 def _check_answers(address: str) -> None:

@@ -75,7 +75,7 @@ def run_jobs_slurm(jobs: Sequence[Job], section: SlurmSection, folder: Path, *, 
         OutputError: the queue did not answer for a quarter of an hour.
         KeyboardInterrupt: Ctrl-C; its text says that the jobs stay in the queue, and how to cancel them.
     """
-    _check(section)
+    check_slurm(section)
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     everything: dict[str, str] = {}
@@ -95,7 +95,8 @@ def run_jobs_slurm(jobs: Sequence[Job], section: SlurmSection, folder: Path, *, 
     return everything
 
 
-def _check(section: SlurmSection) -> None:
+def check_slurm(section: SlurmSection) -> None:
+    """What can be known before anything is queued. Raises RecipeError."""
     problems = []
     if lacking := [program for program in ("sbatch", "squeue", "srun") if not shutil.which(program)]:
         problems.append(f"Slurm's commands are not on this machine ({', '.join(lacking)} not found). Start this on a login "

@@ -43,6 +43,7 @@ from anabranch.branches import (
 )
 from anabranch.checkpoints import MARKER, checkpoints_in, is_complete, mark_complete
 from anabranch.errors import BranchFailed, Preempted, RecipeError, closest
+from anabranch.launch.logs import indented, redacted
 from anabranch.recipe import Recipe
 from anabranch.trainers.returned import Told, record_branch, take_in, told_by_trainer
 
@@ -52,7 +53,6 @@ GRACE = 45.0  # seconds from SIGTERM to SIGKILL; what runs us waits a little lon
 QUIET = 15.0  # seconds without a write, after which a checkpoint of the program's is taken to be whole
 TAIL = 25  # lines of the program's log in a message
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt", ".npy", ".npz")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 
 
 def train_group(recipe: Recipe, plan: Plan, branch: int, mixture: Mixture, mixture_folder: Path, base: Path,
@@ -231,8 +231,4 @@ def end_of(log: Path, lines: int = TAIL) -> str:
     """The last lines of a log, without the values of secrets that stand in our environment."""
     with open(log, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
-        text = "\n".join("      " + line for line in file.read().decode(errors="replace").splitlines()[-lines:])
-    for name, value in os.environ.items():
-        if SECRET.search(name) and len(value) >= 6:
-            text = text.replace(value, f"<{name}>")
-    return text
+        return redacted(indented(file.read(), lines))

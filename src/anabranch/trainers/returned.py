@@ -114,8 +114,9 @@ def _check_job(folder: Path, branch: int, inputs: dict[str, str]) -> None:
         return
     told = _json(path)
     words = {"base": "another base", "plan": "another plan", "data": "other training rows", "train": "other training settings"}
+    said = told.get("made_from")
     problems = [f"it was exported for {words.get(key, key)}" for key, value in inputs.items()
-                if told.get("made_from", {}).get(key) != value]
+                if not isinstance(said, dict) or said.get(key) != value]
     if told.get("branch") != branch:
         problems.insert(0, f"it is branch {told.get('branch')}, not {branch}")
     if problems:
@@ -159,7 +160,7 @@ def _told(state: dict[str, Any]) -> Told:
     history = state.get("log_history")
     losses = [(e["step"], float(e["loss"])) for e in (history if isinstance(history, list) else [])
               if isinstance(e, dict) and isinstance(e.get("step"), int) and isinstance(e.get("loss"), int | float)
-              and math.isfinite(e["loss"])]
+              and abs(e["loss"]) < 1e300]  # neither NaN nor infinite, nor a whole number that no float can hold
     return Told(whole("global_step"), whole("max_steps"), whole("num_input_tokens_seen"), losses)
 
 
