@@ -367,13 +367,25 @@ def _with_our_checkpoints(trainer: type) -> Any:
         def _load_rng_state(self, checkpoint: str | None) -> None:
             if checkpoint is not None:
                 saved = load_tree(Path(checkpoint) / RANDOM)
-                random.setstate(saved["python"])
-                np.random.set_state(saved["numpy"])
-                torch.set_rng_state(saved["cpu"])
-                if torch.cuda.is_available() and saved["cuda"] is not None:
-                    torch.cuda.set_rng_state(saved["cuda"])
+                try:
+                    _check_random(saved)
+                    random.setstate(saved["python"])
+                    np.random.set_state(saved["numpy"])
+                    torch.set_rng_state(saved["cpu"])
+                    if torch.cuda.is_available() and saved["cuda"] is not None:
+                        torch.cuda.set_rng_state(saved["cuda"])
+                except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+                    raise CorruptedError(f"{checkpoint}: random states that cannot be ({error}). Delete this checkpoint; "
+                                         "training then goes on from the one before it.") from error
 
     return Trainer
+
+
+def _check_random(saved: Any) -> None:
+    """numpy takes a position beyond its 624 words, and reads there. Raises ValueError."""
+    kind, words, position = saved["numpy"][:3]
+    if kind != "MT19937" or words.shape != (624,) or words.dtype != np.uint32 or not 0 <= position <= 624:
+        raise ValueError(f"numpy's state is {kind}, {words.dtype} {words.shape}, at {position}")
 
 
 def _save_weights(trainer: Any, is_lora: bool, folder: Path) -> dict[str, str]:

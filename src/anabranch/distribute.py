@@ -138,7 +138,7 @@ def send_run(run: Run, store: Store) -> StoredRun:
     run.progress("send", "", 1, 1)
     launch = run.recipe.launch
     stored = StoredRun(recipe=run.recipe.model_dump(mode="json", exclude={"launch", "output"}), base=_send_base(run, store),
-                       mixture=files, jobs=jobs.job_table(run.recipe, _groups(run)), lease_seconds=launch.lease_seconds,
+                       mixture=files, jobs=jobs.job_table(run.recipe, _groups(run), len(mixture.units)), lease_seconds=launch.lease_seconds,
                        retries=launch.retries, made_from={"base": run.base_hash, "mixture": mixture.hash})
     if not store.create("run.json", stored.model_dump_json().encode()):
         stored = _same_run(store, stored)

@@ -123,7 +123,7 @@ def _store_lines(recipe: Recipe, mixture: Mixture | None, groups: int, entries: 
     """What goes through the store, if the recipe has one; sizes are of rows as they are stored, and of float32 weights."""
     if not goes_through_store(recipe):
         return []
-    count = len(job_table(recipe, groups))
+    count = len(job_table(recipe, groups, len(mixture.units) if mixture else 10**9))
     rows = f"{mixture.tokens * 5 / 1e6:,.1f} MB of rows" if mixture is not None else "the rows"
     base = " and the base" if Path(recipe.model.path).is_dir() else ""
     size = f"; {entries * 4 / 1e9:.2f} GB come back with a branch, three times that go with a checkpoint" if entries else ""

@@ -36,9 +36,9 @@ HARMLESS = re.compile(r"[\x20-\x7e]+\.(safetensors|json|txt|model|jinja|tiktoken
 LARGEST = 2**44  # bytes of one file that a worker will fetch: 16 TiB
 
 
-def job_table(recipe: Recipe, groups: int) -> dict[str, list[str]]:
+def job_table(recipe: Recipe, groups: int, units: int) -> dict[str, list[str]]:
     """Every job of a run and the jobs that it needs, in the order of the pipeline. `groups`: K."""
-    return _table(recipe.launch.gradient_shards, groups, recipe.evaluate.branches)
+    return _table(min(recipe.launch.gradient_shards, units), groups, recipe.evaluate.branches)
 
 
 def _table(shard_count: int, groups: int, each: bool) -> dict[str, list[str]]:

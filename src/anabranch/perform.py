@@ -134,6 +134,9 @@ def _base(stored: StoredRun, recipe: Recipe, model: Path | None) -> Path:
     from anabranch.model import resolve_model
 
     wanted: dict[str, Any] = {"path": str(model)} if model else {"path": stored.base.hub, "revision": stored.base.revision}
+    if model is None and wanted["path"] is not None and Path(wanted["path"]).exists():
+        raise ProvenanceError(f"the run's base is {wanted['path']} of the Hub, and something of that name is here. Give "
+                              "--model, or work from another folder.")
     if wanted["path"] is None:
         raise ProvenanceError("the run's base is in its store, and was not fetched. Give --model.")
     base = resolve_model(recipe.model.model_copy(update=wanted))
