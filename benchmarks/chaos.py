@@ -8,7 +8,7 @@ The demo's mixture and base. Three workers at a time; events at exponential inte
     term       SIGTERM to the worker (it saves, and leaves with code 85)
     pause      SIGSTOP to worker and child for 1 to 3 lease times, then SIGCONT: a machine that was taken for dead comes back
     disk       the worker's disk (a tmpfs of its own) is filled for some seconds
-    clock      each worker starts with another time of day (libfaketime), up to two days off
+    clock      each worker and child is told another time of day (Python's time module), up to two days off
 
 The S3 server (tests/s3_server.py) answers a share of requests with 503, with 500 after having done it, too late, with a body
 cut short, or with an old listing. Afterwards: one result a job, every object's hash, the branches' and the merged model's bytes
@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes.util
 import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -47,7 +45,13 @@ LEASE, WORKERS, DISK = 8.0, 3, 96  # seconds; at a time; MB of a worker's disk
 MEAN_PAUSE = 1.2  # seconds between two events
 EVENTS = ("kill worker", "kill both", "kill child", "term", "pause", "disk")
 WEIGHTS = (6, 6, 2, 4, 2, 2)
-SKEWS = ("+0", "+2d", "-2d", "+3h", "-50m", "+10s")
+SKEWS = (0, 172800, -172800, 10800, -3000, 10)  # seconds
+# libfaketime 0.9.10 also shifts absolute sleeps on the monotonic clock that it was told to leave alone: EINVAL, or days.
+SKEWED = """import os, time
+skew = float(os.environ.get("CHAOS_SKEW", "0"))
+for name, unit in (("time", 1), ("time_ns", 10**9)):
+    setattr(time, name, lambda real=getattr(time, name), unit=unit: real() + type(real())(skew * unit))
+"""
 
 
 def anabranch(*arguments: object) -> list[str]:
@@ -85,11 +89,6 @@ def make_slot(number: int, work: Path) -> Slot:
     return Slot(number, folder, work / f"worker-{number}.log", small)
 
 
-def faketime() -> str | None:
-    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
-    return str(found[0]) if found else ctypes.util.find_library("faketime")
-
-
 def send_signal(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
         os.kill(pid, number)
@@ -102,12 +101,14 @@ class Chaos:
         self.events: Counter[str] = Counter()
         self.codes: Counter[str] = Counter()
         self.skews: Counter[str] = Counter()
-        self.clock = faketime()
+        (work / "skew").mkdir(exist_ok=True)
+        (work / "skew" / "sitecustomize.py").write_text(SKEWED)
+        self.path = os.pathsep.join([str(work / "skew"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
     def start(self, slot: Slot) -> None:
-        skew = self.draws.choice(SKEWS) if self.clock else "+0"
-        self.skews[skew] += 1
-        faked = {"LD_PRELOAD": self.clock, "FAKETIME": skew, "FAKETIME_DONT_FAKE_MONOTONIC": "1"} if skew != "+0" else {}
+        skew = self.draws.choice(SKEWS)
+        self.skews[str(skew)] += 1
+        faked = {"PYTHONPATH": self.path, "CHAOS_SKEW": str(skew)}
         with open(slot.log, "ab") as log:
             slot.process = subprocess.Popen(anabranch("work", self.url), stdout=log, stderr=subprocess.STDOUT,
                                             start_new_session=True,
@@ -138,8 +139,9 @@ class Chaos:
         if event == "disk":
             if slot.unfill_at is not None or not slot.small:
                 return
-            free = shutil.disk_usage(slot.folder).free
-            (slot.folder / "filler").write_bytes(bytes(max(0, free - 4096)))
+            with contextlib.suppress(OSError), open(slot.folder / "filler", "wb", buffering=0) as filler:  # until it is full
+                while filler.write(bytes(2**18)):
+                    pass
             slot.unfill_at = time.monotonic() + self.draws.uniform(4.0, 12.0)
         elif event == "pause":
             for one in (*children, pid):

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from anabranch import cli_diagnose, cli_merge, cli_mergeability, cli_pilot, cli_work
+from anabranch import cli_diagnose, cli_merge, cli_mergeability, cli_pilot, cli_work, exit_codes
 from anabranch.errors import AnabranchError, OutputError, Preempted, RecipeError
 
 app = typer.Typer(
@@ -40,10 +40,10 @@ def main() -> None:
         app()
     except Preempted as error:
         err.print(str(error), markup=False)
-        sys.exit(85)
+        sys.exit(exit_codes.PREEMPTED)
     except AnabranchError as error:
         err.print(f"{type(error).__name__}: {error}", style="red", markup=False)
-        sys.exit(2)
+        sys.exit(exit_codes.MUST_ACT)
     except SystemExit as ended:  # typer turns Ctrl-C into this
         if ended.code in (130, 143):
             err.print("stopped; finished work is kept. The same command goes on from here.")
@@ -53,7 +53,7 @@ def main() -> None:
             raise  # the others are not the user's to mend
         err.print(f"OutputError: {error.strerror}: {error.filename or 'while writing'}. Free space, mend the permissions or "
                   "give another place, then run the same command again: finished work is kept.", style="red", markup=False)
-        sys.exit(2)
+        sys.exit(exit_codes.MUST_ACT)
 
 
 def _tell(text: str) -> None:

@@ -27,19 +27,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from anabranch import jobs
 from anabranch.artifacts import Mixture, Plan
-from anabranch.errors import AnabranchError, BranchFailed, CorruptedError, OutputError, RecipeError
+from anabranch.errors import AnabranchError, BranchFailed, CorruptedError, OutputError, Preempted, RecipeError
+from anabranch.exit_codes import DONE, PREEMPTED, TRY_AGAIN
 from anabranch.launch.logs import end_of_log, redacted
-from anabranch.perform import MACHINE_FAILED, PREEMPTED, end_with_parent, recipe_of, trusted_parts
+from anabranch.perform import recipe_of, trusted_parts
+from anabranch.processes import end_with_parent, signal_group
 from anabranch.store import leases
-from anabranch.store.artifacts import Beat, Checkpoint, End, Files, Result, StoredRun
-from anabranch.store.files import Store, open_store
+from anabranch.store.artifacts import Beat, Checkpoint, End, Result, StoredRun
+from anabranch.store.files import Store, fetch_all, open_store
 
 BACKOFF = (10.0, 60.0, 300.0)  # seconds before this worker tries a job again that failed here; others need not wait
 UNFIT = 3  # jobs that fail here one after another before the worker says that it is the machine
+STORE_TROUBLES = 4  # times in a row that a waiting worker finds the store away for Store.patience before it gives up
 GRACE = 60.0  # seconds that a child has to save after it was told to stop
+LAST_PATIENCE = 20.0  # with the store, once this worker was told to stop
 KEPT_CHECKPOINTS = 2
 
 Tell = Callable[[str], None]
@@ -60,7 +65,8 @@ class Worker:
     stop: threading.Event = field(default_factory=threading.Event)
     not_before: dict[str, float] = field(default_factory=dict)
     failed_here: dict[str, int] = field(default_factory=dict)
-
+    hopeless: dict[str, leases.GivenUp] = field(default_factory=dict)  # needs of what it waits for, as last asked
+    next_needs: float = 0.0
     draws: random.Random = field(default_factory=random.Random)  # spreads requests in time, decides nothing
 
 
@@ -84,7 +90,8 @@ def work(url: str | Path, *, only: str | None = None, model: Path | None = None,
         model: where the base lies on this machine.
         trust: run what the recipe brings along: a trainer's command, a model's own code.
     Returns:
-        the exit code: 0 all done, PREEMPTED stopped by a signal after saving.
+        the exit code: DONE; PREEMPTED, stopped by a signal after saving; TRY_AGAIN, this machine or the store had trouble
+        for so long that another worker had better go on.
     Raises:
         BranchFailed: what is left cannot be done; CorruptedError, OutputError, RecipeError: one message.
     """
@@ -100,7 +107,11 @@ def work(url: str | Path, *, only: str | None = None, model: Path | None = None,
     name = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] + f"-{os.getpid()}-{secrets.token_hex(3)}"
     with _workspace(store.cache, run, name) as folder, _signals() as stop:
         worker = Worker(store, run, model, trust, tell, name, folder, stop=stop)
-        return _until_done(worker, [only] if only else _order(run, name))
+        try:
+            return _until_done(worker, [only] if only else _order(run, name))
+        except OutputError as error:
+            tell(f"OutputError: {error}")
+            return TRY_AGAIN
 
 
 def _order(run: StoredRun, name: str) -> list[str]:
@@ -131,36 +142,64 @@ def _signals() -> Iterator[threading.Event]:
 @contextmanager
 def _workspace(cache: Path, run: StoredRun, name: str) -> Iterator[Path]:
     """A folder of this worker alone. What dead workers of this machine left is removed: its files are in the store."""
-    above = cache / "work" / run.hash[:16]
-    folder = above / name
+    folder = cache / "work" / run.hash[:16] / name
     try:
-        folder.mkdir(parents=True)
-        for other in above.iterdir():
-            if other != folder and other.is_dir():
-                with contextlib.suppress(OSError), open(other / "lock", "a") as held:  # its worker lives: left alone
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(other, ignore_errors=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the worker ends
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder)
+        folder.mkdir()
+        for other in folder.parent.glob("*.lock"):
+            if other != _lock_of(folder):
+                _remove_if_dead(other)
     except OSError as error:
         raise OutputError(f"cannot work in {folder}: {error.strerror}. Set ANABRANCH_CACHE to a folder on a disk with room."
                           ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _lock_of(folder).unlink(missing_ok=True)
         lock.close()
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".lock")
+
+
+def _locked(folder: Path) -> IO[str]:
+    """Hold a folder that is about to be made. Whoever sweeps may have removed the lock before it was ours."""
+    while True:
+        lock = open(_lock_of(folder), "w")  # noqa: SIM115 - held until the worker ends
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock.fileno()).st_nlink:
+            return lock
+        lock.close()
+
+
+def _remove_if_dead(lock: Path) -> None:
+    with contextlib.suppress(OSError), open(lock) as held:  # its worker lives, or another sweeps
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        lock.unlink()
 
 
 def _until_done(worker: Worker, wanted: list[str]) -> int:
     poll = min(worker.run.lease_seconds / 6, 15.0)
-    waited_for = ""
+    waited_for, troubles = "", 0
     while not worker.stop.is_set():
-        done = leases.finished(worker.store, worker.run, worker.watch)
-        left = [job for job in wanted if job not in done]
-        if not left:
-            return 0
-        lease, given_up = _take_any(worker, leases.ready(worker.run, left, done.__contains__))
+        try:
+            done = leases.finished(worker.store, worker.run, worker.watch)
+            left = [job for job in wanted if job not in done]
+            if not left:
+                return DONE
+            lease, given_up = _take_any(worker, left, done)
+            troubles = 0
+        except OutputError as error:  # the store: it may come back
+            troubles += 1
+            if troubles == STORE_TROUBLES:
+                raise
+            worker.tell(f"{error}\nTried again in a while.")
+            worker.stop.wait(poll * 2**troubles)
+            continue
         if lease is not None:
             waited_for = ""
             worker.tell(f"{lease.job}: taken (attempt {lease.attempt})")
@@ -173,16 +212,21 @@ def _until_done(worker: Worker, wanted: list[str]) -> int:
     return PREEMPTED
 
 
-def _take_any(worker: Worker, ready: list[str]) -> tuple[leases.Lease | None, dict[str, str]]:
-    """A lease, if there is one to be had; and the jobs that were given up, with the reason."""
-    now = time.monotonic()
+def _take_any(worker: Worker, left: list[str], done: set[str]) -> tuple[leases.Lease | None, dict[str, leases.GivenUp]]:
+    """A lease, if there is one to be had; and the jobs that were given up, also among what the others wait for."""
+    now, run = time.monotonic(), worker.run
+    ready = leases.ready(run, left, done.__contains__)
     mine = [job for job in ready if now >= worker.not_before.get(job, now)]
-    lease, given_up = leases.take_any(worker.store, worker.run, mine, worker.name, worker.watch, now, worker.draws)
-    return lease, {job: f"failed {one.failures} times without getting further; the last time:\n{one.why}"
-                   for job, one in given_up.items()}
+    lease, given_up = leases.take_any(worker.store, run, mine, worker.name, worker.watch, now, worker.draws)
+    if lease is None and now > worker.next_needs:
+        worker.next_needs = now + run.lease_seconds
+        needs = {need for job in left for need in _all_needs(run, job)} - done - set(left)
+        worker.hopeless = {need: one for need in leases.ready(run, [job for job in run.jobs if job in needs], done.__contains__)
+                           if (one := leases.hopeless(worker.store, run, need, worker.watch)) is not None}
+    return lease, given_up | worker.hopeless
 
 
-def _refuse_hopeless(worker: Worker, left: list[str], given_up: dict[str, str]) -> None:
+def _refuse_hopeless(worker: Worker, left: list[str], given_up: dict[str, leases.GivenUp]) -> None:
     """Raises BranchFailed if nothing that is left can ever be done."""
     if not given_up:
         return
@@ -193,7 +237,8 @@ def _refuse_hopeless(worker: Worker, left: list[str], given_up: dict[str, str]) 
     if set(left) <= hopeless:
         raise BranchFailed.of(f"{worker.store.url}: {len(given_up)} jobs were given up, and nothing else is left to do. Mend "
                               "the cause, then give the run another `launch.store`: finished work is taken along.",
-                              [f"{job}: {why}" for job, why in given_up.items()])
+                              [f"{job}: failed {one.failures} times without getting further; the last time:\n{one.why}"
+                               for job, one in given_up.items()])
 
 
 def _do(worker: Worker, lease: leases.Lease) -> None:
@@ -211,16 +256,17 @@ def _do(worker: Worker, lease: leases.Lease) -> None:
                 beat.doing = "push"
                 _push(worker, lease, space)
                 worker.failed_here.clear()
-    except OutputError as error:  # this machine's disk, or the store: not the job's fault
-        end = End(attempt=lease.attempt, reason="preempted", message=str(error)[-4000:])
+    except (OutputError, Preempted) as error:  # this machine's disk, the store, a signal: not the job's fault
+        end = End(attempt=lease.attempt, reason="preempted", message=redacted(str(error))[-4000:])
     except AnabranchError as error:
-        end = End(attempt=lease.attempt, reason="failed", message=str(error)[-4000:])
+        end = End(attempt=lease.attempt, reason="failed", message=redacted(str(error))[-4000:])
     except OSError as error:  # this machine's, too
         end = End(attempt=lease.attempt, reason="preempted", message=describe(error))
     finally:
         shutil.rmtree(space, ignore_errors=True)
     if end.reason != "lost":
-        leases.let_go(worker.store, lease, end)
+        with contextlib.suppress(OutputError):  # the store is away: the lease runs out, which says the same, later
+            leases.let_go(worker.store, lease, end)
     worker.tell(f"{lease.job}: {end.reason}{': ' + end.message if end.message else ''}")
     if end.reason == "failed" or (end.reason == "preempted" and not worker.stop.is_set()):
         _step_back(worker, lease.job, end)
@@ -285,12 +331,13 @@ def _pull(worker: Worker, lease: leases.Lease, space: Path) -> Path | None:
     if jobs.branch_of(job) is not None and "plan" in results:
         store.get(results["plan"].files["plan.json"], space / "plan.json")
         plan = Plan.load(space / "plan.json")
-    fetch(store, jobs.reads(job, run, results, mixture, plan), space)
+    # a merge reads every branch once: nobody else on this machine will want them
+    fetch_all(store, jobs.reads(job, run, results, mixture, plan), space, keep=job != "merge", stop=worker.stop)
     if job.startswith("branch-"):
         _resume(worker, job, space)
     if not jobs.needs_base(job) or worker.model is not None or run.base.hub is not None:
         return worker.model
-    fetch(store, run.base.files, space / "base")
+    fetch_all(store, run.base.files, space / "base", stop=worker.stop)
     return space / "base"
 
 
@@ -317,13 +364,6 @@ def _need(worker: Worker, job: str) -> Result:
     return result
 
 
-def fetch(store: Store, files: Files, folder: Path) -> None:
-    """Files of a run into a folder that has no links in it."""
-    for path, ref in files.items():
-        if not (folder / path).exists():
-            store.get(ref, folder / path)
-
-
 def _resume(worker: Worker, job: str, space: Path) -> None:
     """The furthest whole checkpoint that anybody left; a damaged one is passed over, and said so."""
     for attempt, step in leases.checkpoints(worker.store, job):
@@ -332,7 +372,7 @@ def _resume(worker: Worker, job: str, space: Path) -> None:
             if checkpoint is None:
                 continue
             jobs.check_checkpoint(checkpoint)
-            fetch(worker.store, checkpoint.files, space)
+            fetch_all(worker.store.below(f"jobs/{job}"), checkpoint.files, space, keep=False, stop=worker.stop)
             _check_whole(space / "branches" / str(jobs.branch_of(job)) / "checkpoints" / f"checkpoint-{step}")
             worker.tell(f"{job}: goes on from step {step} of attempt {attempt}")
             return
@@ -363,24 +403,24 @@ def _attend(worker: Worker, lease: leases.Lease, space: Path, base: Path | None,
     k = jobs.branch_of(lease.job)
     at = space / "branches" / str(k) if lease.job.startswith("branch-") else space
     beat.progress = at / "progress.json"
-    log, pushed, told = space / "log.txt", _furthest(at), 0.0
+    log, told = space / "log.txt", 0.0
     environment = os.environ | {"ANABRANCH_LAUNCHER_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1",
                                 "TOKENIZERS_PARALLELISM": "false"}
     with open(log, "wb") as out:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
                                  start_new_session=True)
     try:
-        while (code := child.poll()) is None:
-            if (worker.stop.is_set() or beat.lost.is_set()) and not told:
-                told = time.monotonic()
-                _signal_group(child, signal.SIGTERM)
-            if told and time.monotonic() - told > GRACE:
-                _signal_group(child, signal.SIGKILL)
-            pushed = _push_checkpoint(worker, lease, at, pushed)
-            time.sleep(0.3)
+        with _Pusher(worker, lease, at):
+            while (code := child.poll()) is None:
+                if (worker.stop.is_set() or beat.lost.is_set()) and not told:
+                    told, worker.store.patience = time.monotonic(), min(worker.store.patience, LAST_PATIENCE)
+                    signal_group(child, signal.SIGTERM)
+                if told and time.monotonic() - told > GRACE:
+                    signal_group(child, signal.SIGKILL)
+                time.sleep(0.3)
     finally:
-        _signal_group(child, signal.SIGKILL)  # whatever the child left running
-    _push_checkpoint(worker, lease, at, pushed)
+        signal_group(child, signal.SIGKILL)  # whatever the child left running
+        child.wait()
     return _judge(worker, lease, beat, code, log)
 
 
@@ -393,15 +433,10 @@ def _judge(worker: Worker, lease: leases.Lease, beat: _Beats, code: int, log: Pa
     if worker.stop.is_set() or code == PREEMPTED:
         return End(attempt=lease.attempt, reason="preempted", message="asked to stop")
     tail = redacted(end_of_log(log, 25))[-4000:]  # others can read it
-    if code == MACHINE_FAILED:
+    if code == TRY_AGAIN:
         raise OutputError(tail)
     how = f"killed by signal {-code} (9: often out of memory)" if code < 0 else f"exit code {code}"
     return End(attempt=lease.attempt, reason="failed", message=f"on {worker.name}: {how}\n{tail}")
-
-
-def _signal_group(child: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended
-        os.killpg(child.pid, number)
 
 
 def _furthest(at: Path) -> int:
@@ -410,55 +445,88 @@ def _furthest(at: Path) -> int:
     return max(steps, default=-1)
 
 
-def _push_checkpoint(worker: Worker, lease: leases.Lease, at: Path, after: int) -> int:
-    """Push the newest whole checkpoint if it is further than `after`; returns how far the store has it now.
+class _Pusher:
+    """Pushes each checkpoint as it appears, from a thread of its own: a push may take longer than a machine has to live once
+    it was told to stop. The last one is pushed after the child has ended."""
 
-    The trainer removes it while we read, so its files are linked aside first.
+    def __init__(self, worker: Worker, lease: leases.Lease, at: Path) -> None:
+        self.worker, self.lease, self.at = worker, lease, at
+        self.pushed = self.tried = _furthest(at)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> _Pusher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self.tried = self.pushed  # what could not be pushed while the child worked has another chance
+        self._push_newest()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.3):
+            self._push_newest()
+
+    def _push_newest(self) -> None:
+        """A failure is told, and the next checkpoint is tried: it is further anyway."""
+        step = _furthest(self.at)
+        if step <= self.tried:
+            return
+        self.tried = step
+        try:
+            if push_checkpoint(self.worker, self.lease, self.at, step):
+                self.pushed = step
+        except (AnabranchError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.worker.tell(f"{self.lease.job}: step {step} could not be pushed; the next one will be tried: {error}")
+
+
+def push_checkpoint(worker: Worker, lease: leases.Lease, at: Path, step: int) -> bool:
+    """Push a whole checkpoint. False: the trainer has removed it meanwhile, as it does when it has a newer one.
+
+    Its files are linked aside first. They go to objects of this job alone, so that what was overtaken can be removed: shards
+    of frozen weights and random states may be the same in two branches.
     """
-    step = _furthest(at)
-    if step <= after:
-        return after
-    aside = worker.folder / "pushing"
+    aside, folder, files = worker.folder / "pushing", at / "checkpoints" / f"checkpoint-{step}", {}
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    folder, files = at / "checkpoints" / f"checkpoint-{step}", {}
     try:
-        wanted = [*json.loads((folder / "complete.json").read_text())["files"], "complete.json"]
+        aside.mkdir()
+        try:
+            wanted = [*json.loads((folder / jobs.MARKER).read_text())["files"], jobs.MARKER]
+            for name in wanted:
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(folder / name, aside / name)
+        except FileNotFoundError:
+            return False
+        mine = worker.store.below(f"jobs/{lease.job}")
         for name in wanted:
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(folder / name, aside / name)
-        for name in wanted:
-            files[f"branches/{at.name}/checkpoints/checkpoint-{step}/{name}"] = worker.store.put(aside / name)
+            files[f"branches/{at.name}/checkpoints/checkpoint-{step}/{name}"] = mine.put(aside / name)
         checkpoint = Checkpoint(job=lease.job, attempt=lease.attempt, step=step, files=files)
         worker.store.create(leases.checkpoint_file(lease.job, lease.attempt, step), checkpoint.model_dump_json().encode())
-        _prune(worker, lease.job)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # the trainer has a newer one by now: that comes next time
-        return after
-    except (AnabranchError, OSError) as error:
-        worker.tell(f"{lease.job}: step {step} could not be pushed, the next one will be tried: {error}")
-        return after
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return step
+    _prune(worker, lease.job)
+    return True
 
 
 def _prune(worker: Worker, job: str, keep: int = KEPT_CHECKPOINTS) -> None:
-    """Remove checkpoints that were overtaken: three times a model's size each. Only weights and states go, which no other
-    job can have the same of; small files may be shared. What a result names stays: the last checkpoint's weights often
-    are the branch's."""
+    """Remove checkpoints that were overtaken: three times a model's size each. What cannot be removed stays."""
     found = leases.checkpoints(worker.store, job)
     steps = sorted({step for _, step in found}, reverse=True)[:keep]
-    result = leases.result_of(worker.store, worker.run, job, worker.watch)
-    kept = {ref.sha256 for ref in result.files.values()} if result is not None else set()
-    kept |= {ref.sha256 for attempt, step in found if step in steps
-             if (one := leases.read_checkpoint(worker.store, job, attempt, step)) for ref in one.files.values()}
+    mine, kept, gone = worker.store.below(f"jobs/{job}"), set[str](), list[Checkpoint]()
     for attempt, step in found:
-        if step in steps or (old := leases.read_checkpoint(worker.store, job, attempt, step)) is None:
-            continue
-        worker.store.remove(leases.checkpoint_file(job, attempt, step))
-        for path, ref in old.files.items():
-            if path.endswith(".safetensors") and ref.sha256 not in kept:
-                worker.store.remove_object(ref)
+        with contextlib.suppress(CorruptedError):  # a stranger's record: whoever resumes passes it over
+            if (one := leases.read_checkpoint(worker.store, job, attempt, step)) is not None:
+                if step in steps:
+                    kept |= {ref.sha256 for ref in one.files.values()}
+                else:
+                    gone.append(one)
+    for one in gone:
+        worker.store.remove(leases.checkpoint_file(job, one.attempt, one.step))
+        for ref in one.files.values():
+            if ref.sha256 not in kept:
+                mine.remove_object(ref)
 
 
 def _push(worker: Worker, lease: leases.Lease, space: Path) -> None:
@@ -470,7 +538,8 @@ def _push(worker: Worker, lease: leases.Lease, space: Path) -> None:
     standing = leases.publish(worker.store, worker.run, result)
     worker.watch.results[lease.job] = standing
     if lease.job.startswith("branch-"):
-        _prune(worker, lease.job, keep=0)
+        with contextlib.suppress(OutputError):  # the result stands; leftovers cost room, nothing else
+            _prune(worker, lease.job, keep=0)
     if standing.worker != worker.name:
         same = "the same bytes" if standing.content == result.content else "OTHER bytes, kept as a rival; theirs stands"
         worker.tell(f"{lease.job}: {standing.worker} had finished it already, with {same}")

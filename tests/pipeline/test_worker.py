@@ -18,10 +18,11 @@ from anabranch import perform, worker
 from anabranch.artifacts import Mixture, Plan, PlanGroup, PlanUnit, Unit
 from anabranch.checkpoints import mark_complete
 from anabranch.errors import BranchFailed, OutputError, RecipeError
+from anabranch.exit_codes import TRY_AGAIN
 from anabranch.launch.logs import redacted
 from anabranch.recipe import Recipe
 from anabranch.store import leases
-from anabranch.store.artifacts import Checkpoint, FileRef, Result, StoredBase, StoredRun
+from anabranch.store.artifacts import Checkpoint, FileRef, StoredBase, StoredRun
 from anabranch.store.files import Store, open_store
 from anabranch.worker import Worker, work
 
@@ -252,10 +253,9 @@ def test_a_child_that_was_killed_says_so(place: Place) -> None:
 
 def test_a_machine_without_room_is_not_the_job_s_fault(place: Place) -> None:
     place.make(retries=0)
-    place.act(f"print('No space left on device'); sys.exit({perform.MACHINE_FAILED})")
-    with pytest.raises(OutputError, match="3 jobs in a row failed on this machine") as told:
-        place.work()
-    assert "No space left" in str(told.value)
+    place.act(f"print('No space left on device'); sys.exit({TRY_AGAIN})")
+    assert place.work() == TRY_AGAIN
+    assert "3 jobs in a row failed on this machine" in place.told[-1] and "No space left" in place.told[-1]
     ends = [end for job in ("gradients-0", "gradients-1", "evaluate-base") for end in place.ends(job)]
     assert [reason for reason, _ in ends] == ["preempted"] * 3
     place.act("")
@@ -295,22 +295,22 @@ def test_a_job_that_failed_here_is_left_to_others_for_a_while(place: Place, monk
     it = place.worker(run)
     for wanted in (100.0, 1000.0, 1000.0):
         it.not_before.clear()
-        lease, _ = worker._take_any(it, ["gradients-0"])
+        lease, _ = worker._take_any(it, ["gradients-0"], set())
         assert lease is not None
         worker._do(it, lease)
         assert it.not_before["gradients-0"] - time.monotonic() == pytest.approx(wanted, abs=10)
-        assert worker._take_any(it, ["gradients-0"]) == (None, {})
+        assert worker._take_any(it, ["gradients-0"], set()) == (None, {})
     other = place.worker(run)
-    assert worker._take_any(other, ["gradients-0"])[0] is not None  # another need not wait
+    assert worker._take_any(other, ["gradients-0"], set())[0] is not None  # another need not wait
 
 
 def test_three_jobs_that_fail_in_a_row_stop_the_worker(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "BACKOFF", (100.0,))
     place.make(retries=9)
     place.act("print('CUDA is broken here'); sys.exit(1)")
-    with pytest.raises(OutputError, match=r"3 jobs in a row failed on this machine.*others may go on") as told:
-        place.work()
-    assert "CUDA is broken here" in str(told.value)
+    assert place.work() == TRY_AGAIN
+    assert "3 jobs in a row failed on this machine" in place.told[-1] and "others may go on" in place.told[-1]
+    assert "CUDA is broken here" in place.told[-1]
     assert {call[2] for call in place.calls()} == {"gradients-0", "gradients-1", "evaluate-base"}
 
 
@@ -420,7 +420,7 @@ def test_trouble_of_the_machine_is_told_without_secrets(place: Place, monkeypatc
     run = place.make()
     place.act(f"print('full', os.environ['HF_TOKEN']); sys.exit({perform.MACHINE_FAILED})")
     it = place.worker(run)
-    lease, _ = worker._take_any(it, ["gradients-0"])
+    lease, _ = worker._take_any(it, ["gradients-0"], set())
     worker._do(it, lease)
     ((reason, message),) = place.ends("gradients-0")
     assert reason == "preempted" and "full ***" in message and "hf_abcdefgh" not in message
@@ -455,14 +455,15 @@ def push(place: Place, run: StoredRun, attempt: int, step: int, shared: str = ""
     (folder / "optimizer.safetensors").write_text(f"state {attempt} {step}")
     (folder / "trainer_state.json").write_text("{}")
     mark_complete(folder, {"base": "b"})
-    files = {f"branches/0/checkpoints/checkpoint-{step}/{p.name}": place.store.put(p) for p in sorted(folder.iterdir())}
+    mine = place.store.below("jobs/branch-0")
+    files = {f"branches/0/checkpoints/checkpoint-{step}/{p.name}": mine.put(p) for p in sorted(folder.iterdir())}
     checkpoint = Checkpoint(job="branch-0", attempt=attempt, step=step, files=files)
     assert place.store.create(leases.checkpoint_file("branch-0", attempt, step), checkpoint.model_dump_json().encode())
     return checkpoint
 
 
 def there(place: Place, ref: FileRef) -> Path:
-    return place.folder / "store/objects" / ref.sha256[:2] / ref.sha256
+    return place.folder / "store/jobs/branch-0/objects" / ref.sha256[:2] / ref.sha256
 
 
 def spoil(place: Place, how: str, checkpoint: Checkpoint) -> None:
@@ -497,22 +498,54 @@ def test_of_a_damaged_newer_checkpoint_the_next_is_taken(place: Place, how: str)
     assert "checkpoint 8 of attempt 1 is passed over" in passed and taken == "branch-0: goes on from step 4 of attempt 0"
 
 
-def test_pruning_keeps_the_newest_and_what_a_result_names(place: Place) -> None:
+def test_pruning_keeps_the_newest_and_touches_nothing_of_others(place: Place) -> None:
+    """Random states and frozen shards are the same in several branches, and a branch's last weights are its result's."""
     run = place.make()
+    shared = place.put(b"the branch itself")
     made = {step: push(place, run, 0, step, shared="the branch itself" if step == 2 else "") for step in (1, 2, 3, 4)}
-    weights = {step: c.files[f"branches/0/checkpoints/checkpoint-{step}/model.safetensors"] for step, c in made.items()}
-    states = {step: c.files[f"branches/0/checkpoints/checkpoint-{step}/optimizer.safetensors"] for step, c in made.items()}
-    result = Result(
-        job="branch-0", run=run.hash, attempt=0, worker="w", files={"branches/0/model/model.safetensors": weights[2]}
-    )
-    assert leases.publish(place.store, run, result) == result
     worker._prune(place.worker(run), "branch-0")
     assert [step for _, step in leases.checkpoints(place.store, "branch-0")] == [4, 3]
-    assert not there(place, weights[1]).exists() and not there(place, states[2]).exists()
-    assert there(place, weights[2]).read_text() == "the branch itself"
-    assert all(place.store.has(ref) for step in (3, 4) for ref in made[step].files.values())
+    mine = place.store.below("jobs/branch-0")
+    at = "branches/0/checkpoints/checkpoint-{}/{}"
+    gone = [made[step].files[at.format(step, "model.safetensors")] for step in (1, 2)]
+    assert not any(mine.has(ref) for ref in gone) and gone[1] == shared and place.store.has(shared)
+    assert all(mine.has(ref) for step in (3, 4) for ref in made[step].files.values())
     worker._prune(place.worker(run), "branch-0", keep=0)
-    assert leases.checkpoints(place.store, "branch-0") == [] and place.store.has(weights[2])
-    assert not any(place.store.has(ref) for step in (3, 4) for ref in (weights[step], states[step]))
-    small = made[1].files["branches/0/checkpoints/checkpoint-1/trainer_state.json"]
-    assert place.store.has(small)  # other jobs may have the very same small file
+    assert leases.checkpoints(place.store, "branch-0") == [] and place.store.has(shared)
+    assert not any(mine.has(ref) for one in made.values() for ref in one.files.values())
+
+
+def test_a_stranger_s_unreadable_checkpoint_stops_neither_push_nor_prune(place: Place) -> None:
+    run = place.make()
+    it = place.worker(run)
+    push(place, run, 0, 1)
+    place.store.replace(leases.checkpoint_file("branch-0", 0, 1), b"not json")
+    at = place.folder / "space" / "branches" / "0"
+    folder = at / "checkpoints" / "checkpoint-5"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text("w")
+    mark_complete(folder, {"base": "b"})
+    it.folder.mkdir(parents=True, exist_ok=True)
+    pusher = worker._Pusher(it, leases.Lease("branch-0", 1), at)
+    pusher.tried = pusher.pushed = -1
+    for _ in range(3):
+        pusher._push_newest()
+    assert pusher.pushed == 5 and not place.told
+    assert (1, 5) in leases.checkpoints(place.store, "branch-0")
+
+
+def test_a_checkpoint_that_cannot_be_pushed_is_not_tried_without_end(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    it = place.worker(place.make())
+    at = place.folder / "space" / "branches" / "0"
+    folder = at / "checkpoints" / "checkpoint-5"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text("w")
+    mark_complete(folder, {"base": "b"})
+    it.folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(type(place.store), "put", lambda *_: (_ for _ in ()).throw(OutputError("the store is full")))
+    pusher = worker._Pusher(it, leases.Lease("branch-0", 0), at)
+    pusher.tried = pusher.pushed = -1
+    for _ in range(5):
+        pusher._push_newest()
+    assert len(place.told) == 1 and "the store is full" in place.told[0]
+

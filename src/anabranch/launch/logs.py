@@ -11,7 +11,7 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL", r
 
 
 def end_of_log(path: Path, lines: int = 12, limit: int = 16384) -> str:
-    """The last lines of a file, indented; '' where there is none. Reads `limit` bytes at most, however long the file is."""
+    """The last lines of a file, as `indented`; '' where there is none. Reads `limit` bytes at most, however long it is."""
     try:
         with open(path, "rb") as log:
             log.seek(max(0, log.seek(0, 2) - limit))
@@ -22,7 +22,8 @@ def end_of_log(path: Path, lines: int = 12, limit: int = 16384) -> str:
 
 
 def indented(text: bytes, lines: int = 12) -> str:
-    return "\n".join("      " + line for line in text.decode(errors="replace").splitlines()[-lines:])
+    """The last lines, indented, and redacted: they go into messages that others see."""
+    return redacted("\n".join("      " + line for line in text.decode(errors="replace").splitlines()[-lines:]))
 
 
 def redacted(text: str) -> str:

@@ -13,29 +13,31 @@ matched before they are joined, sizes are bounded before reading, objects are ch
 from __future__ import annotations
 
 import contextlib
-import errno
+import copy
+import functools
 import hashlib
 import os
 import random
 import re
 import secrets
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from anabranch.artifacts import file_digest
-from anabranch.errors import AnabranchError, CorruptedError, OutputError, RecipeError
-from anabranch.store.artifacts import STATE_LIMIT, FileRef, check_relative
+from anabranch.errors import AnabranchError, CorruptedError, OutputError, Preempted, RecipeError
+from anabranch.store.artifacts import STATE_LIMIT, FileRef, Files, check_relative
 from anabranch.store.bucket import Bucket, Verdict, judge, plain
+from anabranch.store.cache import LARGE, check_room, is_good, locked, move, place, sweep, telling
 from anabranch.store.folder import Folder
 
 CHUNK = 16 * 2**20  # bytes of one range of a download
 _STREAMS = 4  # ranges of one download under way at a time
+_AT_ONCE = 8  # small files under way at a time: a bucket takes 50 ms for each, however small
 _PAUSE = (0.1, 5.0)  # seconds: the first pause before a request is repeated, and the longest
 
 Answer = TypeVar("Answer")
@@ -79,6 +81,16 @@ class Store:
         self._backend = backend
         self.cache = cache
         self._lock = threading.Lock()
+        self._folder = "objects"
+
+    def below(self, folder: str) -> Store:
+        """The same store, with objects of its own below a folder: they are not shared with others, so they may be removed."""
+        other = copy.copy(self)
+        other._folder = f"{folder}/objects"
+        return other
+
+    def _object(self, ref: FileRef) -> str:
+        return f"{self._folder}/{ref.sha256[:2]}/{ref.sha256}"
 
     def create(self, name: str, data: bytes) -> bool:
         """Create a file unless the name is taken; whole or not at all.
@@ -141,7 +153,7 @@ class Store:
             raise OutputError(f"{file}: has {before[0]:,} bytes, and {ref.size:,} were announced. It changed after it was "
                               "hashed: do not write to a file that is being stored.")
         if not self.has(ref):
-            name = _object(ref)
+            name = self._object(ref)
             self._count_bytes("sent", self._upload(file, ref, name))
             if _stamp(file) != before:
                 self._ask("remove", name, lambda: self._backend.remove(name))
@@ -149,36 +161,42 @@ class Store:
                                   "same command again.")
         return ref
 
-    def get(self, ref: FileRef, to: Path) -> None:
+    def get(self, ref: FileRef, to: Path, *, keep: bool = True) -> None:
         """Bring an object to `to` (over what is there), checked by its hash; `to` is whole or not there.
 
         It goes through a cache (`cache/objects/ab/<sha256>`, shared by all processes of this machine): a download that broke
         off is resumed by ranges, a damaged entry is fetched again. From a local store on the same file system it comes
         without the cache, hard-linked if it has 1 MiB or more: do not change such a file in place.
 
+        Args:
+            keep: False: needed once, as the weights of a checkpoint: if it has 1 MiB or more it does not stay in the cache.
         Raises:
             CorruptedError: the store has no such object, or a damaged one.
             OutputError: no space (says how much is needed), not permitted, or the store does not answer.
         """
-        with _telling(to):
+        with telling(to):
             to.parent.mkdir(parents=True, exist_ok=True)
-            name = _object(ref)
+            name = self._object(ref)
             if self._near(ref, name, to):
                 return
-            cached = self.cache / name
+            sweep(self.cache)
+            cached = self.cache / _cached(ref)
             cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            kept = keep or ref.size < LARGE
             for _ in range(3):  # another process may throw the entry away between these steps
-                if not _is_good(cached, ref):
-                    self._download(ref, name, cached)
                 with contextlib.suppress(FileNotFoundError):
-                    _place(cached, to)
+                    good = is_good(cached, ref)
+                    if not good:
+                        self._download(ref, name, cached, None if kept else to)
+                    if good or kept:
+                        place(cached, to)
                     return
             raise OutputError(f"{cached}: vanishes as soon as it is there. Something cleans this folder: set ANABRANCH_CACHE.")
 
     def read_object(self, ref: FileRef, limit: int = STATE_LIMIT) -> bytes:
         """A small object's bytes, checked by their hash. Raises CorruptedError, OutputError."""
         self._require(ref)
-        data = self.read(_object(ref), limit)
+        data = self.read(self._object(ref), limit)
         if data is None or hashlib.sha256(data).hexdigest() != ref.sha256:
             raise self._damaged(ref)
         return data
@@ -189,8 +207,8 @@ class Store:
 
     def remove_object(self, ref: FileRef) -> None:
         """Remove an object, here and in the cache. For what no other file can name."""
-        self.remove(_object(ref))
-        (self.cache / _object(ref)).unlink(missing_ok=True)
+        self.remove(self._object(ref))
+        (self.cache / _cached(ref)).unlink(missing_ok=True)
 
     def probe(self) -> None:
         """Check that the store can be written and that of two creates one fails. Leaves nothing behind. Raises OutputError."""
@@ -230,25 +248,27 @@ class Store:
         return True
 
     def _size(self, ref: FileRef) -> int | None:
-        name = _object(ref)
+        name = self._object(ref)
         return self._ask("stat", name, lambda: self._backend.size(name))
 
     def _require(self, ref: FileRef) -> None:
         """CorruptedError unless the store holds an object of this name and size."""
         size = self._size(ref)
         if size is None:
-            raise CorruptedError(f"{self.url}/{_object(ref)}: there is no such object, but a state file names it. Bring it "
-                                 "back from where it was made, or remove the state file that names it.")
+            raise CorruptedError(f"{self.url}/{self._object(ref)}: there is no such object, but a state file names it. "
+                                 "Bring it back from where it was made, or remove the state file that names it.")
         if size != ref.size:
             raise self._damaged(ref, f"it has {size:,} bytes, wanted {ref.size:,}")
 
     def _damaged(self, ref: FileRef, why: str = "its bytes have another SHA-256 than its name") -> CorruptedError:
-        return CorruptedError(f"{self.url}/{_object(ref)}: damaged: {why}. Delete this object and have it stored again.")
+        return CorruptedError(f"{self.url}/{self._object(ref)}: damaged: {why}. Delete this object and have it stored again.")
 
-    def _download(self, ref: FileRef, name: str, cached: Path) -> None:
-        """Fetch an object into the cache, going on where an earlier download broke off."""
-        with _locked(cached.with_name(cached.name + ".part")) as part:
-            if _is_good(cached, ref):  # another process was faster
+    def _download(self, ref: FileRef, name: str, cached: Path, to: Path | None = None) -> None:
+        """Fetch an object into the cache, going on where an earlier download broke off; and, with `to`, out of it."""
+        with locked(cached.with_name(cached.name + ".part")) as part:
+            if is_good(cached, ref):  # another process was faster
+                if to is not None:
+                    place(cached, to)
                 return
             self._require(ref)
             cached.unlink(missing_ok=True)
@@ -258,7 +278,10 @@ class Store:
                 if self._fill(ref, name, part) == ref.sha256:
                     part.flush()
                     os.fsync(part.fileno())
-                    os.replace(part.name, cached)
+                    if to is None:
+                        os.replace(part.name, cached)
+                    else:
+                        move(Path(part.name), to)
                     return
             os.unlink(part.name)
             raise self._damaged(ref)
@@ -269,10 +292,7 @@ class Store:
         if have > ref.size:
             part.truncate(0)
             have = 0
-        needed = ref.size - have
-        if needed > (free := shutil.disk_usage(Path(part.name).parent).free):
-            raise OutputError(f"{part.name}: {needed:,} bytes are needed and {free:,} are free on this disk. Free some, or set "
-                              "ANABRANCH_CACHE to a folder on another disk; what is there already is kept.")
+        check_room(Path(part.name).parent, ref.size - have)
         part.seek(0)
         seen = hashlib.sha256()
         while block := part.read(2**20):
@@ -367,6 +387,75 @@ def open_store(url: str | Path, *, cache: Path | None = None, patience: float = 
     return Store(Bucket(protocol, _bucket_path(protocol, text), patience), cache, patience)
 
 
+def fetch_all(store: Store, files: Files, folder: Path, *, keep: bool = True, stop: threading.Event | None = None,
+              told: Callable[[str, int, int], None] = lambda *_: None) -> None:
+    """Bring files of a run into a folder that has no links in it; those that are there stay as they are.
+
+    Args:
+        keep: as in `Store.get`.
+        stop: once set, no further file is begun.
+        told: (path, files done, files) as they arrive.
+    Raises:
+        Preempted: `stop` was set. CorruptedError, OutputError: as `Store.get`; several of a kind in one message.
+    """
+    def fetch(path: str) -> None:
+        if not (folder / path).exists():
+            store.get(files[path], folder / path, keep=keep)
+
+    _spread(fetch, {path: ref.size for path, ref in files.items()}, stop, told)
+
+
+def put_all(store: Store, files: Mapping[str, Path], *, known: Mapping[str, FileRef] | None = None,
+            stop: threading.Event | None = None, told: Callable[[str, int, int], None] = lambda *_: None) -> Files:
+    """Bring files into `objects/`; path inside a run folder -> its object, in the order of `files`.
+
+    Args:
+        known: hashes and sizes of those that were hashed already.
+        stop, told: as in `fetch_all`.
+    Raises Preempted, OutputError: as `fetch_all` and `Store.put`.
+    """
+    made: Files = {}
+
+    def put(path: str) -> None:
+        made[path] = store.put(files[path], (known or {}).get(path))
+
+    _spread(put, {path: _stamp(file)[0] for path, file in files.items()}, stop, told)
+    return {path: made[path] for path in files}
+
+
+def _spread(work: Callable[[str], None], sizes: Mapping[str, int], stop: threading.Event | None,
+            told: Callable[[str, int, int], None]) -> None:
+    """Small files several at a time, then large ones one by one: those have several streams each. What is under way when the
+    first one fails is waited for, nothing else is begun, and what failed in the same way is told together."""
+    over, errors = threading.Event(), []
+
+    def one(path: str) -> None:
+        if stop is not None and stop.is_set():
+            raise Preempted("asked to stop")
+        if not over.is_set():
+            work(path)
+
+    small = [path for path, size in sizes.items() if size <= CHUNK]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        waits: dict[str, Callable[[], None]] = {path: pool.submit(one, path).result for path in small}
+        waits |= {path: functools.partial(one, path) for path in sizes if path not in waits}
+        try:
+            for done, (path, wait) in enumerate(waits.items(), 1):
+                try:
+                    wait()
+                except AnabranchError as error:
+                    over.set()
+                    errors.append(error)
+                told(path, done, len(sizes))
+        finally:
+            over.set()  # Ctrl-C: what was not begun never is
+    alike = [error for error in errors if type(error) is type(errors[0])]
+    if len(alike) == 1 or any(isinstance(error, Preempted) for error in alike):
+        raise alike[0]
+    if alike:
+        raise type(alike[0]).of(f"{len(alike)} files cannot be brought from or to the store:", [str(e) for e in alike[:20]])
+
+
 def _local_path(rest: str) -> str:
     if not rest.startswith("/"):
         raise RecipeError("file://: wanted file:///absolute/path (three slashes), or the plain path.")
@@ -392,7 +481,7 @@ def _bucket_path(protocol: str, url: str) -> str:
     return path
 
 
-def _object(ref: FileRef) -> str:
+def _cached(ref: FileRef) -> str:
     return f"objects/{ref.sha256[:2]}/{ref.sha256}"
 
 
@@ -410,69 +499,3 @@ def _digest(file: Path) -> str:
         return file_digest(file)
     except OSError as error:
         raise OutputError(f"{file}: cannot be stored: {error.strerror}.") from error
-
-
-def _is_good(cached: Path, ref: FileRef) -> bool:
-    """Whether the cache holds the object undamaged. Hashed every time: another program may have written to a linked copy."""
-    try:
-        return cached.stat().st_size == ref.size and file_digest(cached) == ref.sha256
-    except OSError:
-        return False
-
-
-def _place(cached: Path, to: Path) -> None:
-    """Bring a file of the cache to `to`: linked if large and on the same file system, else copied; whole or not at all."""
-    temporary = to.with_name(f".{to.name}.{secrets.token_hex(8)}.partial")
-    try:
-        try:
-            if cached.stat().st_size < 2**20:
-                raise OSError(errno.EXDEV, "small files are copied: they are what programs append to")
-            os.link(cached, temporary)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
-            shutil.copyfile(cached, temporary)
-        os.replace(temporary, to)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The file at `path` (made if need be), open to read and append, and locked against other processes and threads."""
-    import fcntl
-
-    while True:
-        with open(path, "a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                raise OutputError(f"{path}: cannot be locked ({error.strerror}). Set ANABRANCH_CACHE to a folder on a local "
-                                  "disk.") from error
-            if not _is_at(path, file):  # its last holder has finished and renamed it
-                continue
-            try:
-                yield file
-            finally:
-                if os.fstat(file.fileno()).st_size == 0 and _is_at(path, file):
-                    os.unlink(path)  # nothing to go on from
-            return
-
-
-def _is_at(path: Path, file: BinaryIO) -> bool:
-    """Whether `path` still names the open file."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    return False
-
-
-@contextlib.contextmanager
-def _telling(to: Path) -> Iterator[None]:
-    """Errors of this machine's disk as OutputError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise OutputError(f"{error.filename2 or error.filename or to}: cannot be written: {error.strerror or error}. "
-                          + ("Free some space" if full else "Check the folder")
-                          + ", or set ANABRANCH_CACHE to a folder elsewhere: downloads go there first.") from error

@@ -18,9 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from anabranch.errors import CorruptedError, OutputError
+from anabranch.store.cache import LARGE, check_room
 
 _BLOCK = 2**20  # bytes per read while copying
-_LINK_FROM = 2**20  # bytes; smaller files are copied: they are what programs append to or write anew in place
+_OBJECT_MODE = 0o444  # less the umask: an object never changes, and says so to whoever has it as a link
+_OTHERS_WRITE = 0o022
 _STALE = 86400.0  # seconds, by the file server's clock alone: an unfinished file this much older than ours is nobody's
 
 
@@ -123,14 +125,17 @@ class Folder:
     def fetch_near(self, name: str, to: Path) -> str:
         """Bring an object to `to` (which must not be there), linked or copied; SHA-256 of what was brought.
 
-        Linked only if the file is ours: whoever else owns it could change it afterwards.
+        Linked only if the file is ours and ours alone to write: others could change it after its hash was taken.
         """
         with self._open(name) as file:
             if file is None:
                 raise FileNotFoundError(errno.ENOENT, "absent", name)
             about = os.fstat(file)
+            ours = about.st_uid == os.geteuid() and not about.st_mode & _OTHERS_WRITE
             with self._parent(name, make=False) as (folder, leaf):
-                linked = about.st_size >= _LINK_FROM and about.st_uid == os.geteuid() and _link(leaf, folder, to, None)
+                linked = about.st_size >= LARGE and ours and _link(leaf, folder, to, None)
+            if not linked:
+                check_room(to.parent, about.st_size)
             if linked and os.stat(to, follow_symlinks=False).st_ino != about.st_ino:
                 raise OSError(errno.EAGAIN, "replaced while it was being read", name)  # asked again
             seen = hashlib.sha256()
@@ -231,7 +236,7 @@ def _link(source: Path | str, source_folder: int | None, to: Path | str, folder:
 def _copy(source: Path, temporary: str, folder: int) -> int:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     copied = 0
-    with open(source, "rb") as stream, open(os.open(temporary, flags, 0o666, dir_fd=folder), "wb") as out:
+    with open(source, "rb") as stream, open(os.open(temporary, flags, _OBJECT_MODE, dir_fd=folder), "wb") as out:
         while block := stream.read(_BLOCK):
             out.write(block)
             copied += len(block)
@@ -256,9 +261,10 @@ def _flush_folder(folder: int) -> None:
 
 
 def _is_shareable(source: Path, folder: int) -> bool:
-    """Whether a link to the file serves as an object: not small, and readable by whoever may read the folder."""
+    """Whether a link to the file serves as an object: not small, readable by whoever may read the folder, and not to be written
+    by others than its owner (as with umask 002: then it is copied)."""
     about, readers = source.stat(), os.fstat(folder).st_mode & 0o444
-    return about.st_size >= _LINK_FROM and about.st_mode & readers == readers
+    return about.st_size >= LARGE and about.st_mode & readers == readers and not about.st_mode & _OTHERS_WRITE
 
 
 def _sweep(folder: int, ours: str) -> None:

@@ -15,6 +15,7 @@ costs work done twice, never a result lost or doubled: `results/JOB.json` is cre
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -210,7 +211,19 @@ def look_at(store: StateStore, job: str, attempt: int, watch: Watch, now: float)
     before = watch.beats.get(job)
     if before is None or before[:2] != (attempt, data):
         watch.beats[job] = (attempt, data, now)
-    return Held(attempt, now - watch.beats[job][2], parse(Beat, data, where) if data is not None else None)
+    beat = None
+    if data is not None:
+        with contextlib.suppress(CorruptedError):  # that it changed is what counts; its figures are for people
+            beat = parse(Beat, data, where)
+    return Held(attempt, now - watch.beats[job][2], beat)
+
+
+def hopeless(store: StateStore, run: StoredRun, job: str, watch: Watch) -> GivenUp | None:
+    """Whether a job that nobody holds was given up. Raises as `take`."""
+    attempt = latest_attempt(store, job, watch)
+    if attempt >= 0 and end_of(store, job, attempt, watch) is None:
+        return None
+    return judge_failures(store, run, job, attempt, watch)
 
 
 def judge_failures(store: StateStore, run: StoredRun, job: str, attempt: int, watch: Watch) -> GivenUp | None:

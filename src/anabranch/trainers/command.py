@@ -16,16 +16,13 @@ A trainer of the Hugging Face family that leaves trainer_state.json in {out} or 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +39,10 @@ from anabranch.branches import (
     train_settings,
 )
 from anabranch.checkpoints import MARKER, checkpoints_in, is_complete, mark_complete
+from anabranch.engine.checkpoint import PICKLES
 from anabranch.errors import BranchFailed, Preempted, RecipeError, closest
-from anabranch.launch.logs import indented, redacted
+from anabranch.launch.logs import end_of_log
+from anabranch.processes import end_with_parent, signal_group
 from anabranch.recipe import Recipe
 from anabranch.trainers.returned import Told, record_branch, take_in, told_by_trainer
 
@@ -52,7 +51,7 @@ PLACE = re.compile(r"\{([a-z_]+)\}")
 GRACE = 45.0  # seconds from SIGTERM to SIGKILL; what runs us waits a little longer
 QUIET = 15.0  # seconds without a write, after which a checkpoint of the program's is taken to be whole
 TAIL = 25  # lines of the program's log in a message
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt", ".npy", ".npz")
+KEPT_HERE = (*PICKLES, ".npy", ".npz")  # pickles, and what may have one inside: a checkpoint with such files does not travel
 
 
 def train_group(recipe: Recipe, plan: Plan, branch: int, mixture: Mixture, mixture_folder: Path, base: Path,
@@ -162,18 +161,18 @@ def _run(command: list[str], out: Path, hold: Hold, branch: int) -> None:
     hold.stop.at_once = False
     with open(log, "wb") as file:
         program = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, process_group=0,
-                                   pass_fds=[hold.lock], preexec_fn=_die_with_parent())
+                                   pass_fds=[hold.lock], preexec_fn=end_with_parent)
     try:
         code, told = _wait(program, out / "checkpoints", hold)
     finally:
-        _signal(program, signal.SIGKILL)  # whatever it left running
+        signal_group(program, signal.SIGKILL)  # whatever it left running
         program.wait()
     if told:  # also after exit code 0: that may mean "saved and stopped", with half a model in {out}
         raise Preempted(f"branch {branch}: told to stop ({hold.stop.asked}); the program has ended (exit code {code}) and what "
                         f"it keeps in {out / 'checkpoints'} is there. Run the same command again to go on.")
     if code:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        raise BranchFailed(f"branch {branch}: the program {command[0]} {how}; the end of {log}:\n{end_of(log)}")
+        raise BranchFailed(f"branch {branch}: the program {command[0]} {how}; the end of {log}:\n{end_of_log(log, TAIL, limit=20_000)}")
 
 
 def _wait(program: subprocess.Popen[bytes], checkpoints: Path, hold: Hold) -> tuple[int, bool]:
@@ -185,9 +184,9 @@ def _wait(program: subprocess.Popen[bytes], checkpoints: Path, hold: Hold) -> tu
             hold.stop.asked = "its launcher has died"
         if hold.stop.asked and not told:
             told = now
-            _signal(program, signal.SIGTERM)
+            signal_group(program, signal.SIGTERM)
         if told and now - told > GRACE:
-            _signal(program, signal.SIGKILL)
+            signal_group(program, signal.SIGKILL)
         if now - looked > QUIET / 3:
             looked = now
             _mark_quiet(checkpoints, hold, QUIET)
@@ -205,30 +204,8 @@ def _mark_quiet(folder: Path, hold: Hold, quiet: float) -> None:
                 return
             if time.time() - max(p.stat().st_mtime for p in (path, *files)) < quiet:
                 continue
-            if not any(p.suffix in PICKLES or p.parent != path for p in files):
+            if not any(p.suffix in KEPT_HERE or p.parent != path for p in files):
                 mark_complete(path, hold.inputs)
             return
         except FileNotFoundError:  # the program is removing it
             continue
-
-
-def _signal(program: subprocess.Popen[bytes], number: int) -> None:
-    try:
-        os.killpg(program.pid, number)
-    except ProcessLookupError:  # all of it has ended
-        return
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """For the new process: have the system send it SIGTERM should we be killed. Linux alone can."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl  # looked up here: after a fork is no time for loading
-    return lambda: prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def end_of(log: Path, lines: int = TAIL) -> str:
-    """The last lines of a log, without the values of secrets that stand in our environment."""
-    with open(log, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
-        return redacted(indented(file.read(), lines))
