@@ -471,4 +471,6 @@ def check_branch(manifest: BranchManifest, inputs: dict[str, str], folder: Path)
     damaged += sorted(p.name for p in (folder / "model").glob("*.safetensors") if p.name not in manifest.files)
     if damaged:
         raise CorruptedError(f"{folder / 'model'}: {', '.join(damaged)} missing or damaged (the bytes are not those in "
-                             f"branch.json). Delete {folder} and run again to train this branch anew.")
+                             f"branch.json). Delete {folder} and run again: it is trained anew, or comes home again where the "
+                             "run goes through a store. If it comes home like this, remove "
+                             f"results/branch-{folder.name}.json from the store, and let workers train it anew.")

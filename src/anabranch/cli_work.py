@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from anabranch.errors import RecipeError
+from anabranch.errors import RecipeError, printable
 
 out = Console(soft_wrap=True, highlight=False, emoji=False)
 
@@ -25,7 +25,7 @@ Cache = Annotated[Path | None, typer.Option(help="where downloads are kept and w
 
 
 def _tell(text: str) -> None:
-    out.print(escape(text))
+    out.print(escape(printable(text)))  # workers elsewhere wrote some of it
 
 
 def store_of(root: str) -> str | None:
@@ -114,7 +114,7 @@ def status(
 
 def _show(seen: Any, as_json: bool, clear: bool) -> None:
     if as_json:
-        print(seen.as_json(), flush=True)
+        print(printable(seen.as_json()), flush=True)
         return
     if clear:
         out.clear()

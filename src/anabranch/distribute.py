@@ -5,6 +5,8 @@ The run folder stays what it was; everything that came home is checked, and the 
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -25,26 +27,28 @@ from anabranch.artifacts import (
     file_digest,
 )
 from anabranch.branches import branch_inputs, check_branch
+from anabranch.engine.checkpoint import weight_files
 from anabranch.errors import (
     AnabranchError,
     BranchFailed,
     CorruptedError,
+    ModelError,
+    Preempted,
     ProvenanceError,
     RecipeError,
     describe_validation_error,
 )
 from anabranch.gradients import unit_key
 from anabranch.launch.local import Job, run_jobs
-from anabranch.perform import trusted_parts
+from anabranch.perform import check_model, trusted_parts
 from anabranch.plan import load_plan
 from anabranch.recipe import Recipe
 from anabranch.run import STAGES, Run, record_recipe, refuse_other_plan, run_stages, wanted_plan
 from anabranch.store import leases
-from anabranch.store.artifacts import Files, Result, StoredBase, StoredRun
-from anabranch.store.files import Store, open_store
+from anabranch.store.artifacts import FileRef, Files, Result, StoredBase, StoredRun
+from anabranch.store.files import Store, fetch_all, open_store, put_all
 from anabranch.worker import read_run
 
-BASE_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 NOUNS: dict[str, type[Artifact]] = {"gradients.json": Gradients, "conflict.json": Conflict, "plan.json": Plan,
                                     "branch.json": BranchManifest, "manifest.json": MergeManifest}
 NOUN_LIMIT = 2**28  # bytes of one of them
@@ -62,8 +66,15 @@ def goes_through_store(recipe: Recipe) -> bool:
 
 def check_launch(recipe: Recipe) -> None:
     """What the launcher would refuse, told before hours of work. Raises RecipeError, OutputError."""
-    launch = recipe.launch
-    open_store(store_url(recipe))
+    launch, address = recipe.launch, store_url(recipe)
+    if address.startswith("memory:"):
+        raise RecipeError("launch.store: memory:// is seen by this process alone, not by the workers. Give a folder, s3:// or "
+                          "gs://.")
+    if recipe.model.trust_remote_code:
+        raise RecipeError("model.trust_remote_code: not through a store. A branch carries the model's code along, so workers "
+                          "would run what another worker left. Train on this machine (launcher local, no launch.store), or "
+                          "export job files.")
+    open_store(address)
     if launch.launcher == "ray":
         from anabranch.launch.ray import check_ray
 
@@ -104,9 +115,14 @@ def run_anywhere(run: Run, *, start: str | None = None, until: str = "report") -
 
     left = [job for job in wanted if not done(job)]
     run.tell(f"store: {store.url}: {len(wanted) - len(left)} of {len(wanted)} jobs done")
+    failed: BranchFailed | None = None
     try:
         if left:
             _launch(run, store, stored, left, done)
+    except Preempted:
+        raise
+    except BranchFailed as error:  # of a worker, perhaps, whose jobs others have done: the store tells
+        failed = error
     except KeyboardInterrupt as stopped:
         run.tell(str(stopped) or "stopped; what workers had pushed is kept")
         raise
@@ -114,7 +130,11 @@ def run_anywhere(run: Run, *, start: str | None = None, until: str = "report") -
         collect(run, store, stored, [job for job in wanted if done(job)])
     left = [job for job in wanted if not done(job)]
     if not left:
+        if failed is not None:
+            run.tell(f"all jobs are done, though not all went well: {failed}")
         run_stages(run, until=until)
+    elif failed is not None:
+        raise failed
     elif run.recipe.launch.launcher != "export":
         raise BranchFailed(f"{store.url}: {', '.join(left)} not done. `anabranch status {store.url}` says why; the same "
                            "command goes on.")
@@ -131,15 +151,14 @@ def send_run(run: Run, store: Store) -> StoredRun:
     """
     mixture = run.mixture
     units = [u.file for place in (mixture.units, mixture.transfer, mixture.retention) for u in place]
-    files: Files = {}
-    for i, name in enumerate(["mixture.json", *units]):
-        run.progress("send", name, i, len(units) + 1)
-        files[f"mixture/{name}"] = store.put(run.folder / "mixture" / name)
-    run.progress("send", "", 1, 1)
+    files = put_all(store, {f"mixture/{name}": run.folder / "mixture" / name for name in ["mixture.json", *units]},
+                    told=lambda *told: run.progress("send", *told))
     launch = run.recipe.launch
     stored = StoredRun(recipe=run.recipe.model_dump(mode="json", exclude={"launch", "output"}), base=_send_base(run, store),
-                       mixture=files, jobs=jobs.job_table(run.recipe, _groups(run), len(mixture.units)), lease_seconds=launch.lease_seconds,
-                       retries=launch.retries, made_from={"base": run.base_hash, "mixture": mixture.hash})
+                       mixture=files, jobs=jobs.job_table(run.recipe, _groups(run), len(mixture.units)),
+                       lease_seconds=launch.lease_seconds, retries=launch.retries,
+                       made_from={"base": run.base_hash, "mixture": mixture.hash})
+    jobs.check_run(stored, "what was to be sent")  # run.json is written once: one that workers refuse would stay
     if not store.create("run.json", stored.model_dump_json().encode()):
         stored = _same_run(store, stored)
     _send_finished(run, store, stored)
@@ -172,14 +191,17 @@ def _send_base(run: Run, store: Store) -> StoredBase:
     section = run.recipe.model
     if not Path(section.path).is_dir():
         return StoredBase(hash=run.base_hash, hub=section.path, revision=section.revision)
-    patterns = [*BASE_FILES, "*.py"] if section.trust_remote_code else BASE_FILES
-    found = sorted({p for pattern in patterns for p in run.base.glob(pattern) if p.is_file()})
-    files = {}
-    for i, path in enumerate(found):
-        run.progress("send", path.name, i, len(found))
-        files[path.name] = store.put(path)
-    run.progress("send", "", 1, 1)
-    return StoredBase(hash=run.base_hash, files=files)
+    _refuse_outside(run.base)
+    found = {p.name: p for p in sorted(run.base.iterdir()) if p.is_file() and jobs.may_be_base(p.name)}
+    return StoredBase(hash=run.base_hash, files=put_all(store, found, told=lambda *told: run.progress("send", *told)))
+
+
+def _refuse_outside(base: Path) -> None:
+    """Raises ModelError if workers cannot be given all of a base's weights."""
+    lost = [path.name for path in weight_files(base) if not jobs.may_be_base(path.name)]
+    if lost:
+        raise ModelError.of(f"{base}: these weight files have names that cannot be sent through a store. Rename them (in the "
+                            "index, too):", [repr(name) for name in lost])
 
 
 def _send_finished(run: Run, store: Store, stored: StoredRun) -> None:
@@ -205,16 +227,19 @@ def _send_finished(run: Run, store: Store, stored: StoredRun) -> None:
     for group in made.groups:
         folder = run.branch(group.group)
         if (folder / "branch.json").exists():
-            check_branch(BranchManifest.load(folder / "branch.json"),
-                         branch_inputs(run.recipe, made, group.group, run.base_hash), folder)
+            manifest = BranchManifest.load(folder / "branch.json")
+            check_branch(manifest, branch_inputs(run.recipe, made, group.group, run.base_hash), folder)
             inside = [p.relative_to(run.folder).as_posix() for p in [folder / "branch.json", *(folder / "model").iterdir()]]
-            _send_result(run, store, stored, f"branch-{group.group}", inside)
+            known = {f"branches/{group.group}/model/{name}": FileRef(sha256=sha, size=(folder / "model" / name).stat().st_size)
+                     for name, sha in manifest.files.items()}  # just hashed
+            _send_result(run, store, stored, f"branch-{group.group}", inside, known)
 
 
-def _send_result(run: Run, store: Store, stored: StoredRun, job: str, paths: list[str]) -> None:
+def _send_result(run: Run, store: Store, stored: StoredRun, job: str, paths: list[str],
+                 known: Files | None = None) -> None:
     if leases.result_of(store, stored, job, leases.Watch()) is not None:
         return
-    files = {path: store.put(run.folder / path) for path in sorted(paths) if jobs.may_leave(job, path)}
+    files = put_all(store, {path: run.folder / path for path in sorted(paths) if jobs.may_leave(job, path)}, known=known)
     result = Result(job=job, run=stored.hash, attempt=0, worker="run-folder", files=files)
     jobs.check_result(result)
     leases.publish(store, stored, result)
@@ -274,40 +299,58 @@ def _ticker(run: Run, store: Store, stored: StoredRun, left: list[str]) -> Calla
 
 
 def collect(run: Run, store: Store, stored: StoredRun, done: list[str]) -> None:
-    """Bring results home into the run folder: checked, and a stage's own manifest last.
+    """Bring results home into the run folder: each as a whole, checked, and a stage's own manifest last.
 
     Raises:
-        ProvenanceError: plan.json here is not the one that the workers followed.
+        BranchFailed: naming every result that cannot be taken; plan.json here is not the one that the workers followed.
     """
-    problems = []
+    problems, coming = [], run.folder / ".coming"
     for i, job in enumerate(done):
         run.progress("collect", job, i, len(done))
         result = leases.result_of(store, stored, job, leases.Watch())
         assert result is not None
         try:
             jobs.check_result(result)
-            for path in sorted(result.files, key=lambda p: (p.rsplit("/", 1)[-1] in LAST, p)):
-                _bring(run, store, result, path)
+            if not all(_is_here(run.folder / path, ref) for path, ref in result.files.items()):
+                _bring(run, store, result, coming)
         except AnabranchError as error:
             problems.append(f"{job}: {error}")
+        finally:
+            shutil.rmtree(coming, ignore_errors=True)
     run.progress("collect", "", 1, 1)
     if problems:
-        raise BranchFailed.of(f"{store.url}: results that cannot be taken (the others are in {run.folder}):", problems)
+        raise BranchFailed.of(f"{store.url}: results that cannot be taken (the others are in {run.folder}). To have a job done "
+                              "again, remove results/JOB.json from the store and start a worker:", problems)
     if "plan" in done:
         record_recipe(run)
 
 
-def _bring(run: Run, store: Store, result: Result, path: str) -> None:
+def _is_here(here: Path, ref: FileRef) -> bool:
+    return here.is_file() and here.stat().st_size == ref.size and file_digest(here) == ref.sha256
+
+
+def _bring(run: Run, store: Store, result: Result, coming: Path) -> None:
+    """A result's files, first into a folder aside: what is refused never lies where a stage would look."""
+    shutil.rmtree(coming, ignore_errors=True)  # of an earlier command that was killed
+    for path in result.files:
+        _check_noun(run, store, result, path)
+    fetch_all(store, result.files, coming, keep=False,
+              told=lambda path, done, count: run.progress("collect", f"{result.job} {path}", done, count))
+    if result.job == "merge" or result.job.startswith("branch-"):
+        check_model(coming / ("merged" if result.job == "merge" else f"branches/{jobs.branch_of(result.job)}/model"))
+    for path in sorted(result.files, key=lambda p: (p.rsplit("/", 1)[-1] in LAST, p)):
+        (run.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(coming / path, run.folder / path)
+
+
+def _check_noun(run: Run, store: Store, result: Result, path: str) -> None:
     here, ref = run.folder / path, result.files[path]
-    if here.is_file() and here.stat().st_size == ref.size and file_digest(here) == ref.sha256:
-        return
     noun = Evaluation if path.startswith("evaluation/") else NOUNS.get(path.rsplit("/", 1)[-1])
     if noun is not None and not path.startswith(f"branches/{jobs.branch_of(result.job)}/model/"):
         theirs = _parsed(noun, store.read_object(ref, NOUN_LIMIT), f"{path} of {result.worker}")
         if path == "plan.json" and here.exists() and Plan.load(here) != theirs:
             raise ProvenanceError(f"{here}: not the plan that the workers follow. Remove it to take theirs, or give "
                                   "`launch.store` another place to train by yours.")
-    store.get(ref, here)
 
 
 def _parsed(noun: type[Artifact], data: bytes, where: str) -> Artifact:

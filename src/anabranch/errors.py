@@ -19,6 +19,7 @@ A message names what, where, got, wanted and what to do; several problems come a
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -72,6 +73,12 @@ class Preempted(BranchFailed):
 
 class OutputError(AnabranchError):
     pass
+
+
+def printable(text: str) -> str:
+    """Text of somebody else's for a terminal: less the control and format characters (Unicode Cc, Cf, Cs), which could move its
+    cursor, or colour or hide what stands beside them. Newline and tab stay."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
 
 def closest(name: str, known: Iterable[str]) -> str:

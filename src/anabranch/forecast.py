@@ -116,7 +116,8 @@ def _stage_lines(recipe: Recipe, mixture: Mixture | None, entries: int) -> list[
                                                     "checkpoint, ")
         lines.append(f"disk       {size * count:.2f} GB of branches (float32), {checkpoints}{size:.2f} GB or less for the "
                      f"result{work}")
-    return [*lines, *_store_lines(recipe, mixture, count, entries), f"output     {recipe.output}", "Nothing was written. Without --dry-run the same command starts."]
+    return [*lines, *_store_lines(recipe, mixture, count, entries), f"output     {recipe.output}",
+            "Nothing was written. Without --dry-run the same command starts."]
 
 
 def _store_lines(recipe: Recipe, mixture: Mixture | None, groups: int, entries: int) -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from anabranch.artifacts import Mixture, Plan
 from anabranch.errors import CorruptedError
 from anabranch.recipe import Recipe
-from anabranch.store.artifacts import Checkpoint, Files, Result, StoredRun
+from anabranch.store.artifacts import Checkpoint, Files, Result, StoredRun, check_relative
 
 # No adapter_config.json beside whole weights: transformers would load whatever model that file names instead.
 BRANCH_FILES = r"branches/{k}/(branch\.json|model/(?!adapter_)[^/]+|adapter/[^/]+)"
@@ -32,7 +32,8 @@ MUST_LEAVE = {"gradients": (), "plan": ("gradients/gradients.json", "conflict/co
 CHECKPOINT_FILES = r"branches/{k}/checkpoints/checkpoint-{step}/[\x20-\x7e]+"
 MARKER = "complete.json"  # of a whole checkpoint (checkpoints.py)
 MIXTURE_FILES = re.compile(r"mixture/(mixture\.json|(units|transfer|retention)/[\x20-\x7e]+\.safetensors)")
-HARMLESS = re.compile(r"[\x20-\x7e]+\.(safetensors|json|txt|model|jinja|tiktoken|md)")
+HARMLESS = re.compile(r"[\x20-\x7e]+\.(safetensors|json|txt|model|jinja|tiktoken|md)")  # a file that holds no program
+BASE_FILE = re.compile(r".+\.(safetensors|json|txt|model|jinja|tiktoken)")
 LARGEST = 2**44  # bytes of one file that a worker will fetch: 16 TiB
 
 
@@ -53,6 +54,14 @@ def _table(shard_count: int, groups: int, each: bool) -> dict[str, list[str]]:
         jobs |= {f"evaluate-{branch}": [branch] for branch in branches}
     jobs["evaluate-merged"] = ["merge"]
     return jobs
+
+
+def all_needs(run: StoredRun, job: str) -> list[str]:
+    """Direct needs, and theirs: the plan behind a branch behind a merge."""
+    found: dict[str, None] = {}
+    for need in run.jobs[job]:
+        found |= dict.fromkeys([*all_needs(run, need), need])
+    return list(found)
 
 
 def stage_of(job: str) -> str:
@@ -76,11 +85,30 @@ def needs_base(job: str) -> bool:
     return job.startswith(("gradients-", "branch-", "merge", "evaluate-base"))
 
 
+def may_travel(path: str) -> bool:
+    """May a file of a result or a checkpoint go to another machine? By its name alone: a plain relative path (from the run
+    folder or from a folder below it) in printable ASCII, of a kind that is neither a pickle nor a program."""
+    try:
+        check_relative(path)
+    except ValueError:
+        return False
+    return path.isascii() and path.isprintable() and HARMLESS.fullmatch(path.rsplit("/", 1)[-1]) is not None
+
+
+def may_be_base(name: str) -> bool:
+    """May a file of this name in a base's folder be sent to workers? No adapter, no program, nothing hidden or misleading."""
+    try:
+        check_relative(name)
+    except ValueError:
+        return False
+    return "/" not in name and is_plain(name) and not name.startswith("adapter_") and BASE_FILE.fullmatch(name) is not None
+
+
 def may_leave(job: str, path: str) -> bool:
     """Is this a file that the job makes? Nothing else is taken from its result."""
     kind = job.split("-")[0]
     pattern = LEAVES[kind].format(k=branch_of(job), label=re.escape(job.removeprefix("evaluate-")))
-    return re.fullmatch(pattern, path) is not None and HARMLESS.fullmatch(path.rsplit("/", 1)[-1]) is not None
+    return re.fullmatch(pattern, path) is not None and may_travel(path)
 
 
 def check_run(run: StoredRun, where: str) -> None:
@@ -99,8 +127,7 @@ def check_run(run: StoredRun, where: str) -> None:
     problems += [f"mixture: {path!r} is no file of a mixture" for path in run.mixture if not MIXTURE_FILES.fullmatch(path)]
     problems += ["mixture: no mixture/mixture.json"] if "mixture/mixture.json" not in run.mixture else []
     problems += [f"base: {path!r} is no file of a model folder that a worker may fetch" for path in run.base.files
-                 if "/" in path or not is_plain(path) or path.startswith("adapter_")
-                 or not (re.fullmatch(r".+\.(safetensors|json|txt|model|jinja|tiktoken)", path) or path.endswith(".py"))]
+                 if not may_be_base(path)]
     problems += [f"{path}: {ref.size:,} bytes, more than {LARGEST:,}" for path, ref in (run.mixture | run.base.files).items()
                  if ref.size > LARGEST]
     if problems:
@@ -149,7 +176,7 @@ def check_checkpoint(checkpoint: Checkpoint) -> None:
     """Raises CorruptedError if it holds a file that is not of this very checkpoint, or that could be a pickle."""
     pattern = CHECKPOINT_FILES.format(k=branch_of(checkpoint.job), step=checkpoint.step)
     strange = [f"{path}: no file of this checkpoint, or of a kind that is not taken" for path, ref in checkpoint.files.items()
-               if not re.fullmatch(pattern, path) or ref.size > LARGEST or not HARMLESS.fullmatch(path.rsplit("/", 1)[-1])]
+               if not re.fullmatch(pattern, path) or ref.size > LARGEST or not may_travel(path)]
     folders = {above for path in checkpoint.files for above in _above(path)}
     strange += [f"{path}: a file and a folder" for path in checkpoint.files if path in folders]
     if not any(path.count("/") == 4 and path.endswith(f"/{MARKER}") for path in checkpoint.files):

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from anabranch import jobs
-from anabranch.artifacts import write_atomically
+from anabranch.artifacts import BranchManifest, MergeManifest, file_digest, write_atomically
 from anabranch.errors import (
     CorruptedError,
     OutputError,
@@ -84,8 +84,32 @@ def check_config(model: Path) -> None:
         raise CorruptedError(f"{path}: cannot be read as JSON ({error}).") from error
     if strange or not isinstance(value, dict):
         raise CorruptedError(f"{path}: says {', '.join(sorted(strange)) or 'no object'}, which makes transformers load "
-                             "kernels, other models or packed weights. Another worker made it, so it is not loaded without "
-                             "--trust.")
+                             "kernels, other models or packed weights. It came from another machine, so it is not loaded "
+                             "without --trust.")
+
+
+def check_model(model: Path) -> None:
+    """Before a library loads a model folder that came through a store: its config (`check_config`), that it holds whole weights
+    to which no index of another folder leads, and that they are those of the manifest that came with them: by hash for a
+    branch, by name for a merge, whose tensors' hashes `anabranch verify` reads.
+
+    Raises CorruptedError, ModelError.
+    """
+    from anabranch.engine.checkpoint import Checkpoint, weight_files
+
+    check_config(model)
+    tensors, files = set(Checkpoint.open(model).tensors), {path.name for path in weight_files(model)}
+    if (model.parent / "branch.json").exists():
+        told = BranchManifest.load(model.parent / "branch.json").files
+        strange = files - set(told)
+    else:
+        manifest = MergeManifest.load(model / "manifest.json")
+        told, strange = manifest.files, tensors ^ set(manifest.tensors)
+    strange |= {name for name, sha in told.items() if Path(name).name != name or not (model / name).is_file()
+                or file_digest(model / name) != sha}
+    if strange:
+        raise CorruptedError.of(f"{model}: not the model of the manifest that came with it. Missing there, or other bytes:",
+                                [repr(name)[:300] for name in sorted(strange)[:20]])
 
 
 def perform(folder: Path, job: str, *, model: Path | None = None, trust: bool = False,
@@ -101,6 +125,8 @@ def perform(folder: Path, job: str, *, model: Path | None = None, trust: bool = 
     if (parts := trusted_parts(recipe)) and not trust:
         raise RecipeError.of("this job runs what its recipe brings along; say --trust if you trust it:", parts)
     base = _base(stored, recipe, model) if jobs.needs_base(job) else folder
+    if stored.base.files and jobs.needs_base(job) and not trust:
+        check_config(base)  # whoever made the run brought it along
     from anabranch import run as stages
 
     run = stages.Run(recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(base)})}), folder, base,
@@ -120,11 +146,13 @@ def perform(folder: Path, job: str, *, model: Path | None = None, trust: bool = 
     elif kind == "branch":
         stages.train_planned(run, int(job.split("-")[1]))
     elif kind == "merge":
+        for need in stored.jobs["merge"] if not trust else ():
+            check_config(run.branch(jobs.branch_of(need) or 0) / "model")  # their weights are checked where they are merged
         stages.merge_stage(run)
     else:
         label = job.removeprefix("evaluate-")
         if label != "base" and not trust:
-            check_config(folder / "merged" if label == "merged" else run.branch(jobs.branch_of(job) or 0) / "model")
+            check_model(folder / "merged" if label == "merged" else run.branch(jobs.branch_of(job) or 0) / "model")
         stages.evaluate_label(run, label)
 
 

@@ -35,8 +35,8 @@ def folder_status(folder: Path) -> FolderStatus:
     """Raises CorruptedError if the folder is no run."""
     path = folder / "recipe.json"
     if not path.exists():
-        raise CorruptedError(f"{folder}: not a run folder (no recipe.json). Give the folder that `anabranch run` made: "
-                             "the recipe's `output`.")
+        raise CorruptedError(f"{folder}: not a run folder (no recipe.json), nor a store (no run.json). Give the folder that "
+                             "`anabranch run` made, which is the recipe's `output`, or its store.")
     try:
         recipe = json.loads(path.read_text())["recipe"]
         parallel = int(recipe.get("launch", {}).get("max_parallel", 1))
@@ -52,11 +52,6 @@ def folder_status(folder: Path) -> FolderStatus:
         lines.append("finish     not known: nothing is measured yet")
     return FolderStatus(folder=str(folder), told=lines, finished=not left, seconds_left=finish.seconds,
                         unknown=list(finish.unknown))
-
-
-def status_lines(folder: Path) -> list[str]:
-    """One line a stage, and the predicted finish. Raises CorruptedError if the folder is no run."""
-    return folder_status(folder).told
 
 
 def _folder_works(folder: Path, recipe: dict[str, Any]) -> list[Work]:

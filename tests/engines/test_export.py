@@ -68,6 +68,31 @@ def test_a_worker_that_was_preempted_is_started_again_and_a_crash_is_told(tmp_pa
     assert (done.returncode, (tmp_path / "bin" / "tries").read_text()) == (3, "xx")
 
 
+def test_a_worker_in_trouble_is_started_again_ever_more_slowly(tmp_path):
+    codes = [75, 75, 85, 75, 75, 75, 75, 2]
+    environment = worker_with(tmp_path / "bin", "tries = folder / 'tries'\n"
+                              "n = len(tries.read_text()) if tries.exists() else 0\ntries.write_text('x' * (n + 1))\n"
+                              f"sys.exit({codes}[n])")
+    (tmp_path / "bin" / "sleep").write_text(f"#!/bin/sh\necho $1 >> '{tmp_path}/slept'\n")
+    (tmp_path / "bin" / "sleep").chmod(0o755)
+    script = export_jobs(STORE, ExportSection(workers=1), tmp_path / "out")[0]
+    done = subprocess.run([script], env=environment, timeout=30, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, len((tmp_path / "bin" / "tries").read_text())) == (2, 8)
+    assert (tmp_path / "slept").read_text().split() == ["60", "120", "5", "240", "480", "600", "600"]
+    assert done.stderr.count("trouble") == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_script_that_waits_ends_at_once_when_it_is_told_to(tmp_path, number):
+    environment = worker_with(tmp_path / "bin", "sys.exit(75)")
+    script = export_jobs(STORE, ExportSection(workers=1), tmp_path / "out")[0]
+    process = subprocess.Popen([script], env=environment, stderr=subprocess.PIPE, text=True)
+    assert "started again in 60 s" in process.stderr.readline()
+    time.sleep(0.3)
+    process.send_signal(number)
+    assert process.wait(10) == 85
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_script_that_is_told_to_stop_lets_its_worker_save(tmp_path, number):
     environment = worker_with(tmp_path / "bin", "def stop(*_):\n    time.sleep(1)\n    (folder / 'saved').touch()\n"
@@ -105,7 +130,8 @@ def test_what_the_schema_does_not_say():
     assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] == 3
     rules = spec["podFailurePolicy"]["rules"]
     by_code = {code: rule["action"] for rule in rules if "onExitCodes" in rule for code in rule["onExitCodes"]["values"]}
-    assert by_code == {2: "FailJob", 85: "Ignore"}
+    assert by_code == {2: "FailJob", 75: "Count", 85: "Ignore"}
+    assert spec["backoffLimit"] >= spec["completions"]  # what 75 counts towards
     assert all(rule["onExitCodes"]["containerName"] == pod["containers"][0]["name"] for rule in rules if "onExitCodes" in rule)
     resources = pod["containers"][0]["resources"]
     assert resources["requests"]["nvidia.com/gpu"] == resources["limits"]["nvidia.com/gpu"]  # they may not differ

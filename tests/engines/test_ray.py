@@ -120,6 +120,26 @@ def test_order_retries_and_one_failure_stops_only_what_needs_it(cluster, tmp_pat
     assert (tmp_path / "logs" / "branch-1.txt").read_text().count("exit code 3") == 2
 
 
+def test_trouble_of_a_node_is_tried_again_on_another(cluster, tmp_path):
+    """The node that has it is the one with room at once: without a reason to avoid it, the job would go back there."""
+    body = "echo $RAY_NODE_ID >> nodes; test $(wc -l < nodes) -gt 1 || exit 75"
+    jobs = [shell(tmp_path, "branch-0", body), shell(tmp_path, "branch-1", "echo x >> lasting; echo no disk; exit 75")]
+    with pytest.raises(BranchFailed) as error:
+        run_jobs_ray(jobs, RaySection(address=cluster.address), retries=2)
+    nodes = (tmp_path / "nodes").read_text().split()
+    assert len(nodes) == 2 and nodes[0] != nodes[1]
+    assert (tmp_path / "lasting").read_text().count("x") == 3  # though there are but two nodes to avoid
+    assert "branch-1: exit code 75 (3 times)" in str(error.value) and "no disk" in str(error.value)
+
+
+def test_every_job_has_a_gpu_of_its_own(cluster, tmp_path):
+    many = cluster.add_node(**node(num_cpus=2, num_gpus=2))
+    jobs = [shell(tmp_path, f"branch-{i}", f"echo $CUDA_VISIBLE_DEVICES > gpu-{i}; sleep 2") for i in range(2)]
+    run_jobs_ray(jobs, RaySection(address=cluster.address, num_gpus=1), retries=0)
+    cluster.remove_node(many)
+    assert {(tmp_path / f"gpu-{i}").read_text().strip() for i in range(2)} == {"0", "1"}
+
+
 def test_a_lost_node_costs_nothing_but_the_time(cluster, tmp_path):
     """The node's processes are killed without a word; both jobs end on the one that is left, though retries are 0."""
     jobs = [counting(tmp_path, f"branch-{i}", 30) for i in range(2)]

@@ -50,7 +50,7 @@ def counting(folder: Path, name: str, tenths: int, needs: tuple[str, ...] = ()) 
 
 
 def run(folder: Path, jobs: list[Job], section: SlurmSection | None = None, **options: object) -> dict[str, str]:
-    settings = {"name": folder.name, "look_every": 0.5} | options
+    settings = {"name": folder.name, "look_every": 0.5, "retries": 1} | options
     return run_jobs_slurm(jobs, section or SlurmSection(), folder / "slurm", done=is_done(folder), **settings)
 
 
@@ -143,6 +143,26 @@ def test_jobs_that_slurm_takes_the_cores_from_come_back(tmp_path, partition):
     assert (tmp_path / "logs" / "branch-1.txt").read_text() == "ran\n"  # not again with the others
 
 
+def test_trouble_of_a_machine_is_queued_again_so_often_and_then_told(tmp_path):
+    jobs = [shell(tmp_path, "branch-0", "echo x >> passing; test $(wc -l < passing) -gt 1 || exit 75"),
+            shell(tmp_path, "branch-1", "echo x >> lasting; echo the disk is full; exit 75"),
+            shell(tmp_path, "branch-2", "echo x >> hopeless; exit 2"),
+            shell(tmp_path, "evaluate-branch-0", "true", ("branch-0",)), shell(tmp_path, "merge", "true", ("branch-1",))]
+    with pytest.raises(BranchFailed) as error:
+        run(tmp_path, jobs, retries=1)
+    counts = {name: len((tmp_path / name).read_text().split()) for name in ("passing", "lasting", "hopeless")}
+    assert counts == {"passing": 2, "lasting": 2, "hopeless": 1}
+    assert (tmp_path / "evaluate-branch-0.done").exists()
+    text = str(error.value)
+    assert "3 of 5 jobs failed" in text and "branch-1: failed, exit code 75" in text and "the disk is full" in text
+    assert "given up after 2 times" in text and "merge: not started, it needs branch-1" in text
+    # mended, and started by the user again: it has as many tries as before
+    (tmp_path / "lasting").unlink()
+    jobs[1] = shell(tmp_path, "branch-1", "echo x >> lasting; test $(wc -l < lasting) -gt 1 || exit 75")
+    (tmp_path / "branch-2.done").touch()
+    assert set(run(tmp_path, jobs, retries=1)) == {"branch-1", "merge"}
+
+
 def test_a_job_that_was_cancelled_does_not_rise_again(tmp_path):
     jobs = [counting(tmp_path, "branch-0", 300), shell(tmp_path, "merge", "true", ("branch-0",))]
 
@@ -196,6 +216,12 @@ def test_setup_and_extra_reach_the_job_and_a_command_finds_its_cores(tmp_path):
         run(tmp_path, [], SlurmSection(extra={"dependency": "x"}))
 
 
+def test_the_gpu_that_slurm_gave_reaches_the_command(tmp_path):
+    section = SlurmSection(setup=["export CUDA_VISIBLE_DEVICES=5"])  # as Slurm does it where a node has some
+    run(tmp_path, [shell(tmp_path, "plan", "echo $CUDA_VISIBLE_DEVICES")], section)
+    assert (tmp_path / "logs" / "plan.txt").read_text() == "5\n"
+
+
 def test_a_node_without_the_interpreter_is_named_by_slurms_own_log(tmp_path):
     with pytest.raises(BranchFailed, match="no such module"):
         run(tmp_path, [shell(tmp_path, "plan", "true")], SlurmSection(setup=["echo no such module: cuda >&2; exit 1"]))
@@ -206,7 +232,7 @@ def test_the_pickle_holds_a_name_and_the_commands_words(tmp_path):
     identifier = run(tmp_path, [job])["plan"]
     pickled = (tmp_path / "slurm" / f"{identifier}_submitted.pkl").read_bytes()
     assert b"run_in_allocation" in pickled and b"anabranch.launch.slurm" in pickled and job.command[-1].encode() in pickled
-    assert len(pickled) < 1500 and b"_signal_group" not in pickled  # the function is not in there
+    assert len(pickled) < 1500 and b"signal_group" not in pickled  # the function is not in there
 
 
 def test_a_damaged_note_of_what_is_queued(tmp_path):

@@ -148,7 +148,7 @@ def test_failures_preemptions_and_losses_are_counted_and_too_many_failures_are_t
     scene.end(scene.take("branch-0", "w3"), "failed", "Traceback\n  File x\nValueError: no such thing\n")
     job = scene.job("branch-0")
     assert (job.state, job.attempt, job.failures, job.preemptions, job.losses) == ("free", 2, 1, 1, 1)
-    assert job.problem == "ValueError: no such thing" and job.worker == "w3"
+    assert job.problem == "Traceback\n  File x\nValueError: no such thing" and job.worker == "w3"
     line = next(text for text in scene.look().lines() if text.startswith("branch-0"))
     assert "1 failure, 1 preemption, 1 holder lost: ValueError" in line
     scene.end(scene.take("branch-0"), "failed", "again")  # retries is 1

@@ -34,11 +34,12 @@ from anabranch.errors import (
     RecipeError,
     ShapeMismatch,
 )
+from anabranch.launch.logs import end_of_log
 from anabranch.plan import load_plan
 from anabranch.recipe import Recipe, load_recipe
 from anabranch.run import Run, open_run, run_stages
 from anabranch.trainers import command
-from anabranch.trainers.command import end_of, train_by_command, train_group
+from anabranch.trainers.command import train_by_command, train_group
 from anabranch.trainers.job_files import write_job_files
 from anabranch.trainers.returned import accept_branch, take_in, told_by_trainer, verify_checkpoint
 from conftest import write_recipe
@@ -267,7 +268,7 @@ def test_a_program_does_not_outlive_a_killed_parent(run, program):
 
 def test_the_end_of_a_long_log(tmp_path):
     (tmp_path / "log").write_bytes(b"x" * 100_000 + b"\n\xff\xfe\nlast\n")
-    assert end_of(tmp_path / "log", 2).splitlines()[-1].strip() == "last"
+    assert end_of_log(tmp_path / "log", 2).splitlines()[-1].strip() == "last"
 
 
 # ------------------------------------------------------------------------------------------------------ a model that came back

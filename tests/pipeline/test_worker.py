@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from anabranch import perform, worker
+from anabranch import attempt, perform, pushing, worker
 from anabranch.artifacts import Mixture, Plan, PlanGroup, PlanUnit, Unit
 from anabranch.checkpoints import mark_complete
 from anabranch.errors import BranchFailed, OutputError, RecipeError
@@ -52,7 +52,7 @@ class Place:
         script = folder / "python"
         script.write_text(CHILD.format(python=sys.executable, notes=str(self.notes)))
         script.chmod(0o755)
-        monkeypatch.setattr(worker.sys, "executable", str(script))
+        monkeypatch.setattr(attempt.sys, "executable", str(script))
         monkeypatch.setattr(worker, "BACKOFF", (0.0, 0.0, 0.0))
         self.leave()
         self.act("")
@@ -264,7 +264,7 @@ def test_a_machine_without_room_is_not_the_job_s_fault(place: Place) -> None:
 
 def test_an_error_of_the_disk_in_the_worker_itself_is_the_machine_s(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     run, full = place.make(retries=0), OSError(errno.ENOSPC, "No space left on device", "/cache/work")
-    monkeypatch.setattr(worker, "_pull", lambda *_: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(worker, "pull", lambda *_: (_ for _ in ()).throw(full))
     it = place.worker(run)
     lease = leases.take(place.store, run, "gradients-0", "me", it.watch, 0.0)
     assert isinstance(lease, leases.Lease)
@@ -385,14 +385,14 @@ def test_a_worker_that_is_told_to_stop_lets_go(place: Place) -> None:
 )
 def test_beats_go_on_whatever_a_trainer_tells(place: Place, text: str) -> None:
     """A beat that cannot be made would let the lease lapse while the work goes on."""
-    beats = worker._Beats(place.worker(place.make()), leases.Lease("branch-0", 0))
+    beats = attempt.Beats(place.worker(place.make()), leases.Lease("branch-0", 0))
     beats.progress = place.folder / "progress.json"
     beats.progress.write_text(text)
     assert leases.parse(leases.Beat, beats._beat(7).model_dump_json().encode(), "beat").count == 7
 
 
 def test_what_a_trainer_tells_is_in_the_beat(place: Place) -> None:
-    beats = worker._Beats(place.worker(place.make()), leases.Lease("branch-0", 0))
+    beats = attempt.Beats(place.worker(place.make()), leases.Lease("branch-0", 0))
     beats.progress = place.folder / "progress.json"
     beats.progress.write_text('{"step": 3, "steps": 9, "tokens": 900, "loss": 2.5, "other": "x"}')
     beat = beats._beat(0)
@@ -491,7 +491,7 @@ def test_of_a_damaged_newer_checkpoint_the_next_is_taken(place: Place, how: str)
     push(place, run, 0, 4)
     spoil(place, how, push(place, run, 1, 8))
     space = place.folder / "space" / "run"
-    worker._resume(place.worker(run), "branch-0", space)
+    attempt._resume(place.worker(run), "branch-0", space)
     assert [p.name for p in (space / "branches/0/checkpoints").iterdir()] == ["checkpoint-4"]
     assert (space / "branches/0/checkpoints/checkpoint-4/model.safetensors").read_text() == "weights 0 4"
     passed, taken = place.told
@@ -503,14 +503,14 @@ def test_pruning_keeps_the_newest_and_touches_nothing_of_others(place: Place) ->
     run = place.make()
     shared = place.put(b"the branch itself")
     made = {step: push(place, run, 0, step, shared="the branch itself" if step == 2 else "") for step in (1, 2, 3, 4)}
-    worker._prune(place.worker(run), "branch-0")
+    pushing.prune(place.worker(run), "branch-0")
     assert [step for _, step in leases.checkpoints(place.store, "branch-0")] == [4, 3]
     mine = place.store.below("jobs/branch-0")
     at = "branches/0/checkpoints/checkpoint-{}/{}"
     gone = [made[step].files[at.format(step, "model.safetensors")] for step in (1, 2)]
     assert not any(mine.has(ref) for ref in gone) and gone[1] == shared and place.store.has(shared)
     assert all(mine.has(ref) for step in (3, 4) for ref in made[step].files.values())
-    worker._prune(place.worker(run), "branch-0", keep=0)
+    pushing.prune(place.worker(run), "branch-0", keep=0)
     assert leases.checkpoints(place.store, "branch-0") == [] and place.store.has(shared)
     assert not any(mine.has(ref) for one in made.values() for ref in one.files.values())
 
@@ -526,7 +526,7 @@ def test_a_stranger_s_unreadable_checkpoint_stops_neither_push_nor_prune(place: 
     (folder / "model.safetensors").write_text("w")
     mark_complete(folder, {"base": "b"})
     it.folder.mkdir(parents=True, exist_ok=True)
-    pusher = worker._Pusher(it, leases.Lease("branch-0", 1), at)
+    pusher = pushing.Pusher(it, leases.Lease("branch-0", 1), at)
     pusher.tried = pusher.pushed = -1
     for _ in range(3):
         pusher._push_newest()
@@ -543,7 +543,7 @@ def test_a_checkpoint_that_cannot_be_pushed_is_not_tried_without_end(place: Plac
     mark_complete(folder, {"base": "b"})
     it.folder.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(type(place.store), "put", lambda *_: (_ for _ in ()).throw(OutputError("the store is full")))
-    pusher = worker._Pusher(it, leases.Lease("branch-0", 0), at)
+    pusher = pushing.Pusher(it, leases.Lease("branch-0", 0), at)
     pusher.tried = pusher.pushed = -1
     for _ in range(5):
         pusher._push_newest()

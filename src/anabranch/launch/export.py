@@ -10,34 +10,47 @@ import re
 import shlex
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
 from anabranch.errors import OutputError, RecipeError
+from anabranch.exit_codes import MUST_ACT, PREEMPTED, TRY_AGAIN
+from anabranch.processes import LEAVE_SECONDS
 from anabranch.recipe import ExportSection
+from anabranch.store.files import open_store
 
-PREEMPTED = 85  # a worker that was told to stop, and saved
-MUST_ACT = 2  # a worker that only its user can help
-GRACE_SECONDS = 120  # for a pod that is told to stop: its checkpoint has to get out
 FAILURES_PER_WORKER = 6  # of pods, before Kubernetes gives the Job up; preempted ones are not counted
+PAUSES = (60, 600)  # seconds before a worker that had trouble is started again: the first time, and at most
 
 SCRIPT = """#!/usr/bin/env bash
 # Worker {number} of {workers}. Start it on any machine that reaches {place} and has anabranch installed.
 # It works until the run is done. Told to stop (SIGTERM, SIGINT, SIGUSR1, SIGUSR2), it saves, leaves with code 85, and
-# goes on when it is started again. Credentials are read from the environment; there are none in this file.
+# goes on when it is started again. Code {try_again}: this machine or the store had trouble, so it is started again later.
+# Credentials are read from the environment; there are none in this file.
 set -u
-worker= stopped= heard=
+worker= stopped= heard= pause={first}
 stop() {{ stopped=1 heard=1; [ -z "$worker" ] || kill -TERM "$worker" 2>/dev/null; }}
 trap stop TERM INT USR1 USR2
 while [ -z "$stopped" ]; do
+  began=$SECONDS
   {command} &
   worker=$!
   [ -z "$stopped" ] || kill -TERM "$worker"
   while :; do heard=; wait "$worker"; code=$?; [ -n "$heard" ] || break; done  # a signal ends `wait`, not the worker
   worker=
-  [ "$code" -eq {preempted} ] || exit "$code"
-  [ -n "$stopped" ] || sleep 5
+  [ $((SECONDS - began)) -lt {longest} ] || pause={first}  # it had worked meanwhile
+  case "$code" in
+    {preempted}) next=5 ;;
+    {try_again}) next=$pause pause=$((pause * 2 < {longest} ? pause * 2 : {longest}))
+        echo "worker {number}: trouble of this machine or of the store; started again in $next s" >&2 ;;
+    *) exit "$code" ;;
+  esac
+  [ -z "$stopped" ] || break
+  sleep "$next" &
+  worker=$!
+  [ -z "$stopped" ] || kill -TERM "$worker"
+  wait "$worker"  # as a child: a signal need not wait for the end of it
+  worker=
 done
 exit {preempted}
 """
@@ -50,8 +63,9 @@ again when its lease runs out, and goes on from its last checkpoint.
 
     anabranch status {quoted} --watch      # who holds what, speed, time left, failures
 
-Exit codes of a worker: 0 all is done; 2 you must change something (its last lines say what); 85 it was told to stop and
-saved: start it again; anything else is a crash, and starting it again is safe.
+Exit codes of a worker: 0 all is done; 2 you must change something (its last lines say what); 75 its machine or the store
+had trouble: start it again later, or elsewhere; 85 it was told to stop and saved: start it again; anything else is a
+crash, and starting it again is safe.
 {trust}
 When all is done, run `anabranch run recipe.yaml` again where it was started: it brings the results home and reports.
 """
@@ -76,7 +90,8 @@ def export_jobs(root: str, section: ExportSection, out: Path, *, trust: bool = F
     words = ["anabranch", "work", root, *(["--trust"] if trust else [])]
     if section.kind == "shell":
         files = {f"worker-{i}.sh": SCRIPT.format(number=i + 1, workers=section.workers, place=_one_line(root),
-                                                 command=shlex.join(words), preempted=PREEMPTED)
+                                                 command=shlex.join(words), preempted=PREEMPTED, try_again=TRY_AGAIN,
+                                                 first=PAUSES[0], longest=PAUSES[1])
                  for i in range(section.workers)}
         what = ("Each `worker-*.sh` is one worker, and all are alike: start each once, where you like (ssh, tmux, a queue), or "
                 "one many times.")
@@ -102,8 +117,9 @@ def export_jobs(root: str, section: ExportSection, out: Path, *, trust: bool = F
 def kubernetes_job(root: str, section: ExportSection, words: list[str]) -> dict[str, Any]:
     """A batch/v1 Job (Kubernetes 1.29 or later): one index per worker, each done when the run is.
 
-    Preempted pods (exit code 85, or a disruption such as a drained spot node) are replaced and not counted; exit code 2
-    ends the Job, for the same would happen again.
+    Preempted pods (exit code 85, or a disruption such as a drained spot node) are replaced and not counted. Exit code 2
+    ends the Job, for the same would happen again. Exit code 75 (trouble of the node or of the store) and crashes count
+    towards the backoff limit; Kubernetes waits 10 s before the next pod, then twice as long each time, up to six minutes.
     """
     resources = {"cpu": str(section.cpus), "memory": section.memory} | (
         {"nvidia.com/gpu": str(section.gpus)} if section.gpus else {})
@@ -115,8 +131,9 @@ def kubernetes_job(root: str, section: ExportSection, words: list[str]) -> dict[
         container["envFrom"] = [{"secretRef": {"name": section.secret}}]
     rules = [{"action": "FailJob", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [MUST_ACT]}},
              {"action": "Ignore", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [PREEMPTED]}},
+             {"action": "Count", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [TRY_AGAIN]}},
              {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
-    pod = {"restartPolicy": "Never", "terminationGracePeriodSeconds": GRACE_SECONDS, "automountServiceAccountToken": False,
+    pod = {"restartPolicy": "Never", "terminationGracePeriodSeconds": int(LEAVE_SECONDS), "automountServiceAccountToken": False,
            "containers": [container]}
     name = job_name(root)
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name, "labels": {"app": "anabranch"}},
@@ -134,15 +151,10 @@ def job_name(root: str) -> str:
 def check_export(root: str, section: ExportSection) -> None:
     """What can be known before anything is written. Raises RecipeError."""
     problems = []
-    if not _is_folder(root):
-        try:
-            parts = urlsplit(root)
-            secret = parts.username is not None or parts.password is not None or bool(parts.query)
-        except ValueError:
-            secret = True
-        if secret:
-            problems.append("launch.store: the URL holds credentials or parameters, which would stand in every file and "
-                            "process list. Leave them out; workers read the environment (AWS_ACCESS_KEY_ID, ..).")
+    try:
+        open_store(root)
+    except RecipeError as error:  # credentials in it, say, which would stand in every file
+        problems.append(f"launch.store: {error}")
     if section.kind == "kubernetes":
         problems += _kubernetes_problems(root, section)
     if problems:

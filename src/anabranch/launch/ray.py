@@ -4,8 +4,9 @@ A plain task starts the command on whatever node has room, waits for it and brin
 what it said. Ray itself runs a task again when its node or its worker process is lost; the exit code decides the rest:
 
     0   done                        85  preempted: started again, as often as that takes
-    2   its user must act: never    anything else: started again, `retries` times
-        started again
+    2   its user must act: never    75  trouble of that machine or of the store: started again, `retries` times, on
+        started again                   another node if one has room
+                                    anything else: started again, `retries` times
 
 Credentials are not sent along: commands see the environment that the nodes' own `ray start` was given.
 """
@@ -25,13 +26,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anabranch.errors import BranchFailed, RecipeError
+from anabranch.exit_codes import MUST_ACT, PREEMPTED, TRY_AGAIN
 from anabranch.launch.local import Job
 from anabranch.launch.logs import indented
+from anabranch.processes import LEAVE_SECONDS
 from anabranch.recipe import RaySection
 
-PREEMPTED = 85  # the exit code of a command that saved its work because it was told to stop
-HOPELESS = {2, 126, 127}  # its user must act; no such program on the node
-SAVE_SECONDS = 60.0  # for a command that is told to stop
+HOPELESS = {MUST_ACT, 126, 127}  # no such program on the node
 OWN_STORE_BYTES = 100 * 2**20  # of the object store of a Ray of our own: what we pass is the end of a log
 
 
@@ -46,6 +47,7 @@ class _Course:
     failures: dict[str, int] = field(default_factory=dict)
     preemptions: dict[str, int] = field(default_factory=dict)
     not_before: dict[str, float] = field(default_factory=dict)
+    shunned: dict[str, list[str]] = field(default_factory=dict)  # job -> ids of the nodes on which it had trouble
 
 
 def run_jobs_ray(jobs: Sequence[Job], section: RaySection, *, retries: int,
@@ -60,7 +62,8 @@ def run_jobs_ray(jobs: Sequence[Job], section: RaySection, *, retries: int,
     Raises:
         RecipeError: no Ray, no cluster at that address, or one that cannot ever run these jobs.
         BranchFailed: naming every job that failed and what waited for it, with the end of its log.
-        KeyboardInterrupt: after the commands were told to stop (SIGTERM: they save a checkpoint) and have ended.
+        KeyboardInterrupt: after the commands were told to stop (SIGTERM: they save a checkpoint) and have ended; a second one
+            meanwhile leaves at once, and Ray ends them.
     """
     with _terminated_as_interrupted():
         _run_on_cluster(list(jobs), section, retries, on_tick)
@@ -73,8 +76,13 @@ def _run_on_cluster(jobs: list[Job], section: RaySection, retries: int,
         signal.signal(signal.SIGTERM, _interrupt)  # over Ray's own, which aborts the process
     try:
         _check_room(ray, section, ours)
-        start = ray.remote(_node_function()).options(num_cpus=section.num_cpus, num_gpus=section.num_gpus,
-                                                     resources=dict(section.resources), max_retries=-1).remote
+        on_node = ray.remote(_node_function())
+        options = {"num_cpus": section.num_cpus, "num_gpus": section.num_gpus, "resources": dict(section.resources),
+                   "max_retries": -1}
+
+        def start(job: Job, shunned: Sequence[str]) -> Any:
+            return on_node.options(**options, **_shunning(shunned)).remote(job.command, LEAVE_SECONDS)
+
         course = _Course(list(jobs))
         try:
             _run(ray, course, start, retries, len(jobs), on_tick)
@@ -166,7 +174,7 @@ def _check_room(ray: Any, section: RaySection, ours: bool) -> None:
     logging.getLogger("anabranch").warning("%s. Waiting for one that can.", message)
 
 
-def _run(ray: Any, course: _Course, start: Callable[..., Any], retries: int, count: int,
+def _run(ray: Any, course: _Course, start: Callable[[Job, Sequence[str]], Any], retries: int, count: int,
          on_tick: Callable[[list[str], int], None] | None) -> None:
     names = {job.name for job in course.waiting}
     while True:
@@ -175,7 +183,7 @@ def _run(ray: Any, course: _Course, start: Callable[..., Any], retries: int, cou
             if all(need in course.finished or need not in names for need in job.needs) \
                     and now >= course.not_before.get(job.name, 0.0):
                 course.waiting.remove(job)
-                course.running[start(job.command, SAVE_SECONDS)] = job
+                course.running[start(job, course.shunned.get(job.name, []))] = job
         if not course.running and not any(job.name in course.not_before for job in course.waiting):
             return  # what waits now, waits for something that failed
         if course.running:
@@ -187,12 +195,21 @@ def _run(ray: Any, course: _Course, start: Callable[..., Any], retries: int, cou
             on_tick([job.name for job in course.running.values()], len(course.finished))
 
 
+def _shunning(nodes: Sequence[str]) -> dict[str, Any]:
+    """Options of a task that goes to other nodes than these if one of them has room, and else to these."""
+    if not nodes:
+        return {}
+    from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
+
+    return {"scheduling_strategy": NodeLabelSchedulingStrategy({}, soft={"ray.io/node-id": NotIn(*nodes)})}
+
+
 def _ended(ray: Any, course: _Course, reference: Any, retries: int) -> None:
     job = course.running.pop(reference)
     try:
-        code, host, said = ray.get(reference)
+        code, host, node, said = ray.get(reference)
     except ray.exceptions.RayError as error:
-        code, host, said = -1, "?", f"Ray: {error}".encode()[-4000:]
+        code, host, node, said = -1, "?", "", f"Ray: {error}".encode()[-4000:]
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
         log.write(said.rstrip(b"\n") + f"\n[anabranch] {job.name} on {host}: exit code {code}\n".encode())
@@ -204,6 +221,8 @@ def _ended(ray: Any, course: _Course, reference: Any, retries: int) -> None:
         course.preemptions[job.name] = tries = course.preemptions.get(job.name, 0) + 1
     else:
         course.failures[job.name] = tries = course.failures.get(job.name, 0) + 1
+        if code == TRY_AGAIN:
+            course.shunned.setdefault(job.name, []).append(node)
         if code in HOPELESS or tries > retries:
             often = f" ({tries} times)" if tries > 1 else ""
             course.failed[job.name] = (f"{job.name}: exit code {code}{often} on {host}; the end of {job.log}:\n"
@@ -220,13 +239,13 @@ def _cancel(ray: Any, course: _Course) -> None:
     for reference in course.running:
         ray.cancel(reference)
     if course.running:
-        ray.wait(list(course.running), num_returns=len(course.running), timeout=SAVE_SECONDS + 10.0)
+        ray.wait(list(course.running), num_returns=len(course.running), timeout=LEAVE_SECONDS + 10.0)
 
 
-def _node_function() -> Callable[[list[str], float], tuple[int, str, bytes]]:
+def _node_function() -> Callable[[list[str], float], tuple[int, str, str, bytes]]:
     """What Ray runs on a node. Made here, so that it travels whole: a node's Ray needs no anabranch, only the command does."""
 
-    def on_node(command: list[str], save_seconds: float) -> tuple[int, str, bytes]:
+    def on_node(command: list[str], save_seconds: float) -> tuple[int, str, str, bytes]:
         import os
         import signal
         import socket
@@ -234,6 +253,9 @@ def _node_function() -> Callable[[list[str], float], tuple[int, str, bytes]]:
         import tempfile
         import time
 
+        import ray
+
+        place = socket.gethostname(), ray.get_runtime_context().get_node_id()
         # ray.cancel raises an interrupt by this handler, which is not there if `ray start` was put into the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
         environment = os.environ | {"ANABRANCH_LAUNCHER_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1",
@@ -244,7 +266,7 @@ def _node_function() -> Callable[[list[str], float], tuple[int, str, bytes]]:
                                            env=environment, start_new_session=True)
             except OSError as error:
                 text = f"{command[0]}: {error.strerror}. `launch.ray.python` names the interpreter on the nodes."
-                return 127, socket.gethostname(), text.encode()
+                return 127, *place, text.encode()
             try:
                 while process.poll() is None:
                     time.sleep(0.1)  # short, as an interrupt of Ray's only comes between two instructions
@@ -257,6 +279,6 @@ def _node_function() -> Callable[[list[str], float], tuple[int, str, bytes]]:
                     os.killpg(process.pid, signal.SIGKILL)
                 raise
             output.seek(max(0, output.seek(0, 2) - 65536))
-            return process.returncode, socket.gethostname(), output.read()
+            return process.returncode, *place, output.read()
 
     return on_node

@@ -1,9 +1,10 @@
 """Commands on a Slurm queue: arrays through submitit, dependencies by `needs`, back into the queue after a preemption.
 
 On the node, `run_in_allocation` starts the command and passes every signal on as SIGTERM. A command that ends with
-code 85 was preempted and is queued again under the same job id, so whatever depends on it goes on waiting. Nothing here
-asks `sacct`, which many clusters do not have: a job is over when the caller's own check says so, and what is still on
-its way is read from `squeue`.
+code 85 was preempted and is queued again under the same job id, so whatever depends on it goes on waiting; so is one
+that ends with 75 (trouble of its machine or of the store), but only `retries` times. Nothing here asks `sacct`, which
+many clusters do not have: a job is over when the caller's own check says so, and what is still on its way is read from
+`squeue`.
 
 submitit pickles `run_in_allocation` by its name, with the command's words as arguments, into `folder`, and reads that
 pickle on the node. No other pickle is ever read, and none from a store: keep `folder` writable by yourself alone.
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,13 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.errors import AnabranchError, BranchFailed, CorruptedError, OutputError, RecipeError
+from anabranch.exit_codes import MUST_ACT, PREEMPTED, TRY_AGAIN
 from anabranch.launch.local import Job
 from anabranch.launch.logs import end_of_log
+from anabranch.processes import LEAVE_SECONDS, signal_group
 from anabranch.recipe import SlurmSection
 
-PREEMPTED = 85  # the exit code of a command that saved its work because it was told to stop
-MUST_ACT = 2  # the exit code of a command that only its user can help
-SAVE_SECONDS = 90  # between Slurm's warning and the end of a job's time
+# How long before the end of a job's `time` Slurm warns it: so long that a worker can save and push. It kills nobody; what
+# ends a job that is preempted or cancelled is the site's own GraceTime and KillWait (30 s by default), often earlier.
+WARNING_SECONDS = int(LEAVE_SECONDS)
 ARRAY_LIMIT = 1000  # jobs of one array: Slurm's MaxArraySize is 1001 unless a site says otherwise
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
           "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "RESV_DEL_HOLD"}
@@ -52,7 +56,7 @@ class _Watched:
 
 
 def run_jobs_slurm(jobs: Sequence[Job], section: SlurmSection, folder: Path, *, name: str, done: Callable[[str], bool],
-                   wait: bool = True, on_tick: Callable[[list[str], int], None] | None = None,
+                   retries: int, on_tick: Callable[[list[str], int], None] | None = None,
                    look_every: float = 10.0) -> dict[str, str]:
     """Queue every job that is not done, one array per set of `needs`, and wait for them.
 
@@ -64,7 +68,7 @@ def run_jobs_slurm(jobs: Sequence[Job], section: SlurmSection, folder: Path, *, 
         folder: for submitit's scripts and logs; every node must see it, and every job's `log`.
         name: shown by `squeue`.
         done: whether a job's result is there; asked only of jobs that have left the queue.
-        wait: False returns when all are queued.
+        retries: of a job that ends with code 75, after which it counts as failed. A preemption (85) is free.
         on_tick: told (names of running jobs, jobs finished) at each look at the queue.
         look_every: seconds between two looks.
     Returns:
@@ -81,10 +85,8 @@ def run_jobs_slurm(jobs: Sequence[Job], section: SlurmSection, folder: Path, *, 
     everything: dict[str, str] = {}
     failed: dict[str, str] = {}
     while todo := [job for job in jobs if job.name not in failed and not done(job.name)]:
-        ids = _submit(todo, _found_in_queue(folder, name, todo), section, folder, name)
+        ids = _submit(todo, _found_in_queue(folder, name, todo), section, folder, name, retries)
         everything |= ids
-        if not wait:
-            return everything
         try:
             ended = _watch(ids, done, len(jobs) - len(todo) - len(failed), on_tick, look_every)
         except KeyboardInterrupt:
@@ -114,13 +116,14 @@ def check_slurm(section: SlurmSection) -> None:
 # ---- into the queue
 
 
-def _submit(todo: list[Job], queued: Mapping[str, str], section: SlurmSection, folder: Path, name: str) -> dict[str, str]:
+def _submit(todo: list[Job], queued: Mapping[str, str], section: SlurmSection, folder: Path, name: str,
+            retries: int) -> dict[str, str]:
     """Queue what is not there yet, needs before what needs them; returns the ids of all. On a refusal nothing stays."""
     ids, new = dict(queued), list[str]()
     try:
         for group in _groups([job for job in todo if job.name not in ids], {job.name for job in todo}, set(ids)):
             needed = [ids[need] for need in group[0].needs if need in ids]
-            identifiers = _submit_array(group, needed, ids, section, folder, name)
+            identifiers = _submit_array(group, needed, ids, section, folder, name, retries)
             ids |= identifiers
             new += identifiers.values()
             _note(folder, ids, todo)
@@ -149,11 +152,11 @@ def _groups(jobs: list[Job], known: set[str], placed: set[str]) -> list[list[Job
 
 
 def _submit_array(group: list[Job], needed: list[str], ids: Mapping[str, str], section: SlurmSection, folder: Path,
-                  name: str) -> dict[str, str]:
+                  name: str, retries: int) -> dict[str, str]:
     import submitit
 
     minutes = section.time
-    save = SAVE_SECONDS if minutes is None else min(SAVE_SECONDS, minutes * 20)
+    save = WARNING_SECONDS if minutes is None else min(WARNING_SECONDS, minutes * 20)
     options: dict[str, Any] = {
         "job_name": name, "time": minutes, "partition": section.partition, "mem": section.memory,
         "cpus_per_task": section.cpus, "gpus_per_node": section.gpus or None, "setup": section.setup or None,
@@ -166,8 +169,8 @@ def _submit_array(group: list[Job], needed: list[str], ids: Mapping[str, str], s
         executor = submitit.SlurmExecutor(folder=folder)
         executor.update_parameters(**{key: value for key, value in options.items() if value is not None or key == "time"})
         with executor.batch():
-            handles = [executor.submit(run_in_allocation, job.command, str(job.log.absolute()), save, section.cpus)
-                       for job in group]
+            handles = [executor.submit(run_in_allocation, job.command, str(job.log.absolute()), save, section.cpus,
+                                       str(folder), retries) for job in group]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise RecipeError(f"Slurm refused the jobs ({', '.join(job.name for job in group[:3])}, ..): {_words(error)}\n"
                           "  Look at `launch.slurm` in the recipe: partition, time, cpus, gpus, memory and extra are what "
@@ -321,7 +324,7 @@ def _exit_code(identifier: str) -> str:
 # ---- on the node
 
 
-def run_in_allocation(command: list[str], log: str, save_seconds: float, cpus: int) -> None:
+def run_in_allocation(command: list[str], log: str, save_seconds: float, cpus: int, folder: str, retries: int) -> None:
     """Run a command inside a Slurm job, pass signals on as SIGTERM, and go back into the queue when it was preempted.
 
     Slurm may signal every process of the job at once; the command therefore starts with USR1 and USR2 ignored (their
@@ -337,7 +340,7 @@ def run_in_allocation(command: list[str], log: str, save_seconds: float, cpus: i
     def tell(number: int, frame: object) -> None:
         told.append(time.monotonic())
         for process in running:
-            _signal_group(process)
+            signal_group(process, signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, tell)
@@ -349,7 +352,7 @@ def run_in_allocation(command: list[str], log: str, save_seconds: float, cpus: i
         running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                                         env=environment, start_new_session=True, preexec_fn=_ignore_user_signals))
     if told:
-        _signal_group(running[0])
+        signal_group(running[0], signal.SIGTERM)
     code = None
     while code is None and not (told and time.monotonic() - told[0] > max(save_seconds - 10.0, save_seconds / 2)):
         try:
@@ -358,7 +361,8 @@ def run_in_allocation(command: list[str], log: str, save_seconds: float, cpus: i
             continue
     if code == 0:
         return
-    if (code is None or code == PREEMPTED or (told and code != MUST_ACT)) and not _queue_again():
+    taken = code is None or code == PREEMPTED or (told and code != MUST_ACT)
+    if (taken or (code == TRY_AGAIN and _may_try_again(Path(folder), Path(log), retries))) and not _queue_again():
         print("anabranch: Slurm is ending this job already (cancelled, or queued again by others): left to it", file=sys.stderr)
     sys.exit(PREEMPTED if code is None else code if code > 0 else 128 - code)
 
@@ -368,17 +372,29 @@ def _ignore_user_signals() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-def _signal_group(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGTERM)
-    except ProcessLookupError:
-        return
+def _may_try_again(folder: Path, log: Path, retries: int) -> bool:
+    """Note one more trouble of this Slurm job, as a line of its own file; whether it may be queued again.
+
+    Slurm itself holds a requeued job back for two minutes, by which time a disk or a store may have come back.
+    """
+    with open(folder / f"{_own_id()}_troubles.txt", "a+") as troubles:
+        troubles.write(f"{socket.gethostname()}\n")
+        troubles.seek(0)
+        count = len(troubles.readlines())
+    with open(log, "a") as output:
+        output.write(f"[anabranch] {socket.gethostname()}: trouble of this machine or of the store (exit code {TRY_AGAIN}): "
+                     + (f"queued again ({count} of {retries})\n" if count <= retries else f"given up after {count} times\n"))
+    return count <= retries
+
+
+def _own_id() -> str:
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def _queue_again() -> bool:
     """Requeue the job this runs in, unless it is on its way out already: cancelled jobs must not rise again."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    identifier = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+    identifier = _own_id()
     for pause in (1.0, 3.0, 5.0):
         shown = subprocess.run(["squeue", "-h", "-j", identifier, "-o", "%T"], capture_output=True, text=True, check=False)
         if shown.returncode == 0:

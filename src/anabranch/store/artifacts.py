@@ -101,9 +101,9 @@ class Beat(Part):
     step: int = Field(0, ge=0)
     steps: int = Field(0, ge=0)
     tokens: int = Field(0, ge=0)
-    tokens_per_second: float = Field(0.0, ge=0)
-    seconds_left: float | None = Field(None, ge=0)
-    loss: float | None = None
+    tokens_per_second: float = Field(0.0, ge=0, allow_inf_nan=False)
+    seconds_left: float | None = Field(None, ge=0, allow_inf_nan=False)
+    loss: float | None = Field(None, allow_inf_nan=False)  # 1e999 is read as infinity, and would be written as null
     cores: int = Field(0, ge=0)
 
 

@@ -189,6 +189,8 @@ class Folder:
             if error.errno == errno.ELOOP:
                 raise CorruptedError(f"{self.root}/{name}: a symbolic link, as nothing below a store may be. Delete it."
                                      ) from error
+            if error.errno == errno.ENXIO:
+                raise CorruptedError(f"{self.root}/{name}: a socket, not a plain file. Delete it.") from error
             raise
         try:
             if file is not None and not stat.S_ISREG(os.fstat(file).st_mode):

@@ -207,14 +207,13 @@ def end_of(store: StateStore, job: str, attempt: int, watch: Watch) -> End | Non
 
 def look_at(store: StateStore, job: str, attempt: int, watch: Watch, now: float) -> Held:
     where = file_of(job, "beat", attempt)
-    data = store.read(where)
+    data, beat = None, None
+    with contextlib.suppress(CorruptedError):  # that it changes is what counts; its figures are for people
+        data = store.read(where)
+        beat = parse(Beat, data, where) if data is not None else None
     before = watch.beats.get(job)
     if before is None or before[:2] != (attempt, data):
         watch.beats[job] = (attempt, data, now)
-    beat = None
-    if data is not None:
-        with contextlib.suppress(CorruptedError):  # that it changed is what counts; its figures are for people
-            beat = parse(Beat, data, where)
     return Held(attempt, now - watch.beats[job][2], beat)
 
 

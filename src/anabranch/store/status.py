@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from anabranch.artifacts import Part, Plan
-from anabranch.errors import AnabranchError, CorruptedError
+from anabranch.errors import AnabranchError, CorruptedError, printable
 from anabranch.finish import Finish, Work, duration, finish_words, predict_finish
 from anabranch.store import leases
 from anabranch.store.artifacts import Beat, Claim, End, StoredRun
@@ -27,6 +27,8 @@ from anabranch.store.leases import StateStore, Watch
 
 State = Literal["waiting", "free", "held", "done", "failed", "damaged"]
 READERS = 8  # jobs looked at at the same time: a look at a bucket is mostly waiting
+LOG_LINES = 10  # of the last failure of a job that was given up
+Shown = Annotated[str, AfterValidator(printable)]  # other machines wrote it, and a terminal will show it
 SHOWN = 4  # jobs of a kind that are in the same plain state are told one by one up to here
 
 
@@ -36,9 +38,9 @@ class JobStatus(Part):
     job: str
     state: State
     waits_for: list[str] = Field([], description="jobs that must be done before it can be taken")
-    worker: str | None = Field(None, description="the holder, present or last")
+    worker: Shown | None = Field(None, description="the holder, present or last")
     attempt: int | None = Field(None, description="from 0; null: nobody ever took it")
-    doing: str = ""
+    doing: Shown = ""
     step: int = 0
     steps: int = 0
     tokens: int = 0
@@ -50,7 +52,8 @@ class JobStatus(Part):
     failures: int = 0
     preemptions: int = 0
     losses: int = Field(0, description="attempts whose holder vanished")
-    problem: str = Field("", description="last line of the last failure; of a damaged state file, what is wrong with it")
+    problem: Shown = Field("", description="the last failure, with the end of its log; of a damaged state file, what is wrong "
+                                           "with it")
 
 
 class RunStatus(Part):
@@ -84,7 +87,7 @@ class RunStatus(Part):
         for job in self.jobs:
             group = (_kind(job.job), job.state)
             if not _is_plain(job) or plain[group] <= SHOWN:
-                lines.append(f"{job.job:<20} {_words(job)}")
+                lines += [f"{job.job:<20} {_words(job)}", *_log_end(job)]
             elif group not in told:
                 told.add(group)
                 of_kind = sum(_kind(j.job) == group[0] for j in self.jobs)
@@ -124,7 +127,14 @@ def _words(job: JobStatus) -> str:
     for number, one, many in ((job.failures, "failure", "failures"), (job.preemptions, "preemption", "preemptions"),
                               (job.losses, "holder lost", "holders lost")):
         parts += [f"{number} {one if number == 1 else many}"] if number else []
-    return ", ".join(parts) + (f": {job.problem}" if job.problem else "")
+    told = job.problem.splitlines()[0][:400] if job.state == "damaged" and job.problem else _last_line(job.problem)
+    return ", ".join(parts) + (f": {told}" if told else "")
+
+
+def _log_end(job: JobStatus) -> list[str]:
+    """More of what went wrong, where somebody must mend it."""
+    lines = [line.rstrip()[:200] for line in job.problem.splitlines() if line.strip()]
+    return [f"    {line}" for line in lines[-LOG_LINES:]] if job.state in ("failed", "damaged") and len(lines) > 1 else []
 
 
 @dataclass
@@ -205,7 +215,7 @@ def _open(store: StateStore, run: StoredRun, job: str, sight: Sight, now: float)
                          lost=known and held.silent >= run.lease_seconds)
     given_up = leases.judge_failures(store, run, job, attempt, sight.watch)
     failed = end.reason == "failed" or given_up is not None
-    return JobStatus(**told, state="free" if given_up is None else "failed", problem=_last_line(end.message) if failed else "")
+    return JobStatus(**told, state="free" if given_up is None else "failed", problem=end.message.strip() if failed else "")
 
 
 def _done(store: StateStore, job: str, sight: Sight) -> JobStatus:

@@ -172,7 +172,7 @@ def _run(command: list[str], out: Path, hold: Hold, branch: int) -> None:
                         f"it keeps in {out / 'checkpoints'} is there. Run the same command again to go on.")
     if code:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        raise BranchFailed(f"branch {branch}: the program {command[0]} {how}; the end of {log}:\n{end_of_log(log, TAIL, limit=20_000)}")
+        raise BranchFailed(f"branch {branch}: the program {command[0]} {how}; the end of {log}:\n{end_of_log(log, TAIL)}")
 
 
 def _wait(program: subprocess.Popen[bytes], checkpoints: Path, hold: Hold) -> tuple[int, bool]:
