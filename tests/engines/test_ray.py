@@ -121,8 +121,8 @@ def test_order_retries_and_one_failure_stops_only_what_needs_it(cluster, tmp_pat
 
 
 def test_trouble_of_a_node_is_tried_again_on_another(cluster, tmp_path):
-    """The node that has it is the one with room at once: without a reason to avoid it, the job would go back there."""
-    body = "echo $RAY_NODE_ID >> nodes; test $(wc -l < nodes) -gt 1 || exit 75"
+    """A node is known by its raylet, the parent of the process that starts commands."""
+    body = "ps -o ppid= -p $PPID >> nodes; test $(wc -l < nodes) -gt 1 || exit 75"
     jobs = [shell(tmp_path, "branch-0", body), shell(tmp_path, "branch-1", "echo x >> lasting; echo no disk; exit 75")]
     with pytest.raises(BranchFailed) as error:
         run_jobs_ray(jobs, RaySection(address=cluster.address), retries=2)

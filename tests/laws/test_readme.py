@@ -175,3 +175,14 @@ def test_options_and_methods_that_readme_names_exist():
     assert set(re.findall(r"--[a-z][a-z-]+", section)) - peer <= options
     linked = re.findall(r"\]\(((?:docs|examples)[^)#]*)\)", README)
     assert len(linked) >= 6 and all((ROOT / target).exists() for target in linked)
+
+
+def test_the_figures_of_runs_anywhere_are_those_of_the_records():
+    chaos = json.loads((ROOT / "benchmarks/results/chaos.json").read_text())
+    requests, faults = sum(chaos["server"]["requests"].values()), sum(chaos["server"]["faults"].values())
+    flat = " ".join(README.split())
+    assert f"killed {chaos['kills']} times" in flat and f"failed {faults:,} of {requests:,} requests" in flat
+    assert all(chaos["same_bytes_as_quiet_run"].values()) and set(chaos["objects"]) == {"good", "bytes"}
+    assert chaos["store"]["results"] == chaos["store"]["jobs"] and not chaos["store"]["rivals"]
+    anywhere = json.loads((ROOT / "benchmarks/results/anywhere.json").read_text())
+    assert set(anywhere["engines"]) == {"local", "s3", "ray", "slurm"} and not any(anywhere["differs_from_the_first_in"].values())

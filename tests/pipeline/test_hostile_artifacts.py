@@ -30,7 +30,8 @@ from anabranch import attempt, distribute, jobs, worker
 from anabranch import run as stages
 from anabranch.artifacts import BranchManifest, Gradients, Plan
 from anabranch.checkpoints import OPTIMIZER, RANDOM, load_tree, mark_complete, newest_checkpoint, save_tree
-from anabranch.errors import AnabranchError
+from anabranch.errors import AnabranchError, OutputError
+from anabranch.exit_codes import TRY_AGAIN
 from anabranch.gradients import load_halves
 from anabranch.perform import perform
 from anabranch.plan import load_plan
@@ -95,8 +96,10 @@ class World:
         attempt.pull(self.worker(run), leases.Lease(job, 0), self.space)
 
     def work(self) -> None:
-        """`anabranch work STORE`"""
-        worker.work(self.root, cache=self.above / "cache", tell=lambda _: None)
+        """`anabranch work STORE`; trouble of the store ends it with a code and one message."""
+        told: list[str] = []
+        if worker.work(self.root, cache=self.above / "cache", tell=told.append) == TRY_AGAIN:
+            raise OutputError(told[-1])
 
     def collect(self, job: str) -> None:
         """`anabranch run`, when its workers are done, into an empty run folder."""
