@@ -18,7 +18,7 @@ from anabranch import jobs
 from anabranch.artifacts import Mixture, Plan
 from anabranch.errors import AnabranchError, CorruptedError, OutputError
 from anabranch.exit_codes import PREEMPTED, TRY_AGAIN
-from anabranch.launch.logs import end_of_log, redacted
+from anabranch.launch.logs import end_of_log
 from anabranch.processes import signal_group
 from anabranch.pushing import Pusher, prune
 from anabranch.store import leases
@@ -175,7 +175,7 @@ def _judge(worker: Worker, lease: leases.Lease, beat: Beats, code: int, log: Pat
         return End(attempt=lease.attempt, reason="done")
     if worker.stop.is_set() or code == PREEMPTED:
         return End(attempt=lease.attempt, reason="preempted", message="asked to stop")
-    tail = redacted(end_of_log(log, 25))[-4000:]  # others can read it
+    tail = end_of_log(log, 25)[-4000:]
     if code == TRY_AGAIN:
         raise OutputError(tail)
     how = f"killed by signal {-code} (9: often out of memory)" if code < 0 else f"exit code {code}"

@@ -1,8 +1,8 @@
 """argv -> one public call -> one artifact -> what a person wants to read; no logic.
 
 Exit codes: 0 done; 1 done and the verdict is bad; 2 the user must change something (one message, no traceback); 130 stopped
-by Ctrl-C, 143 by SIGTERM; 85 it was asked to stop and saved: start it again. Anything else is a bug of ours and shows its
-traceback.
+by Ctrl-C, 143 by SIGTERM; 85 it was asked to stop and saved: start it again; 75 a worker's machine or its store had trouble:
+start it again later, or elsewhere. Anything else is a bug of ours and shows its traceback.
 """
 
 from __future__ import annotations

@@ -230,9 +230,9 @@ def _send_finished(run: Run, store: Store, stored: StoredRun) -> None:
             manifest = BranchManifest.load(folder / "branch.json")
             check_branch(manifest, branch_inputs(run.recipe, made, group.group, run.base_hash), folder)
             inside = [p.relative_to(run.folder).as_posix() for p in [folder / "branch.json", *(folder / "model").iterdir()]]
-            known = {f"branches/{group.group}/model/{name}": FileRef(sha256=sha, size=(folder / "model" / name).stat().st_size)
-                     for name, sha in manifest.files.items()}  # just hashed
-            _send_result(run, store, stored, f"branch-{group.group}", inside, known)
+            hashed = {f"branches/{group.group}/model/{name}": FileRef(sha256=sha, size=(folder / "model" / name).stat().st_size)
+                      for name, sha in manifest.files.items()}  # a moment ago
+            _send_result(run, store, stored, f"branch-{group.group}", inside, hashed)
 
 
 def _send_result(run: Run, store: Store, stored: StoredRun, job: str, paths: list[str],
@@ -271,7 +271,8 @@ def _launch(run: Run, store: Store, stored: StoredRun, left: list[str], done: Ca
     elif launch.launcher == "slurm":
         from anabranch.launch.slurm import run_jobs_slurm
 
-        run_jobs_slurm([one(job) for job in left], launch.slurm, logs, name=run.folder.name, wait=True, done=done, on_tick=tick)
+        run_jobs_slurm([one(job) for job in left], launch.slurm, logs, name=run.folder.name, done=done,
+                       retries=launch.retries, on_tick=tick)
     else:
         from anabranch.launch.export import export_jobs
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,14 +22,14 @@ from anabranch.errors import (
     RecipeError,
     describe_validation_error,
 )
+from anabranch.exit_codes import PREEMPTED, TRY_AGAIN
+from anabranch.processes import end_with_parent
 from anabranch.recipe import Recipe
 from anabranch.store.artifacts import StoredRun
 
 LORA_TABLES = ("rank_pattern", "alpha_pattern")  # ranks by layer: no more than numbers
 SETTINGS_FILES = (".json", ".yaml", ".yml", ".py", ".jinja")
 CONFIG_REFUSED = {"quantization_config", "base_model_name_or_path"}
-MACHINE_FAILED = 75  # exit code: this machine's disk or memory, not the job
-PREEMPTED = 85  # exit code: asked to stop, and saved; to be started again
 
 
 def trusted_parts(recipe: Recipe) -> list[str]:
@@ -189,16 +186,8 @@ def _progress(folder: Path) -> Callable[[str, str, int, int], None]:
     return tell
 
 
-def end_with_parent() -> None:
-    """Have the kernel send SIGTERM when whoever started this process is killed: a launcher; or a worker, without which
-    nobody would push what is made."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # another C library: a branch also looks for its parent after each step
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def main(folder: Path, job: str, model: Path | None, trust: bool) -> None:
-    """As `perform`; a full disk or lack of memory ends with MACHINE_FAILED, so that the job is not blamed."""
+    """As `perform`; a full disk or lack of memory ends with TRY_AGAIN, so that the job is not blamed."""
     end_with_parent()
     try:
         perform(folder, job, model=model, trust=trust)
@@ -207,12 +196,12 @@ def main(folder: Path, job: str, model: Path | None, trust: bool) -> None:
         sys.exit(PREEMPTED)
     except OutputError as error:
         print(f"OutputError: {error}", file=sys.stderr)
-        sys.exit(MACHINE_FAILED)
+        sys.exit(TRY_AGAIN)
     except MemoryError:
         print("out of memory", file=sys.stderr)
-        sys.exit(MACHINE_FAILED)
+        sys.exit(TRY_AGAIN)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE):
             raise
         print(f"{error.strerror}: {error.filename or ''}", file=sys.stderr)
-        sys.exit(MACHINE_FAILED)
+        sys.exit(TRY_AGAIN)

@@ -122,14 +122,16 @@ def test_order_retries_and_one_failure_stops_only_what_needs_it(cluster, tmp_pat
 
 def test_trouble_of_a_node_is_tried_again_on_another(cluster, tmp_path):
     """A node is known by its raylet, the parent of the process that starts commands."""
-    body = "ps -o ppid= -p $PPID >> nodes; test $(wc -l < nodes) -gt 1 || exit 75"
-    jobs = [shell(tmp_path, "branch-0", body), shell(tmp_path, "branch-1", "echo x >> lasting; echo no disk; exit 75")]
+    body = "ps -o ppid= -p $PPID >> nodes-{0}; test $(wc -l < nodes-{0}) -gt 1 || exit 75"
+    jobs = [shell(tmp_path, f"branch-{i}", f"{{ {body.format(i)}; }}", (f"branch-{i - 1}",) if i else ()) for i in range(3)]
+    jobs.append(shell(tmp_path, "merge", "echo x >> lasting; echo no disk; exit 75", ("branch-2",)))
     with pytest.raises(BranchFailed) as error:
         run_jobs_ray(jobs, RaySection(address=cluster.address), retries=2)
-    nodes = (tmp_path / "nodes").read_text().split()
-    assert len(nodes) == 2 and nodes[0] != nodes[1]
+    for i in range(3):  # one after another, so that the other node has room
+        nodes = (tmp_path / f"nodes-{i}").read_text().split()
+        assert len(nodes) == 2 and nodes[0] != nodes[1]
     assert (tmp_path / "lasting").read_text().count("x") == 3  # though there are but two nodes to avoid
-    assert "branch-1: exit code 75 (3 times)" in str(error.value) and "no disk" in str(error.value)
+    assert "merge: exit code 75 (3 times)" in str(error.value) and "no disk" in str(error.value)
 
 
 def test_every_job_has_a_gpu_of_its_own(cluster, tmp_path):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 
+from anabranch import cli_work
 from anabranch.artifacts import Plan, PlanGroup, PlanUnit
 from anabranch.errors import CorruptedError
 from anabranch.status import Observer, folder_status
@@ -159,6 +162,52 @@ def test_failures_preemptions_and_losses_are_counted_and_too_many_failures_are_t
         scene.finish(f"branch-{k}")
     assert scene.look().finished, "nothing that is left can be done"
     assert "not of branch-0, merge, evaluate-merged" in "\n".join(scene.look().lines())
+
+
+def test_a_job_that_was_given_up_shows_the_end_of_its_log_and_json_all_of_it(scene):
+    scene.until_branches([1, 1, 1])
+    log = "\n".join(f"line {n}" for n in range(40))
+    for _ in range(2):
+        scene.end(scene.take("branch-0"), "failed", log)
+    told = scene.look().lines()
+    at = next(i for i, line in enumerate(told) if line.startswith("branch-0"))
+    assert told[at].endswith("2 failures: line 39")
+    assert told[at + 1:at + 11] == [f"    line {n}" for n in range(30, 40)] and told[at + 11].startswith("branch-1")
+    assert next(j["problem"] for j in json.loads(scene.look().as_json())["jobs"] if j["job"] == "branch-0") == log
+
+
+ESCAPES = "\x1b[2J\x1b]0;title\x07\x9b31mred\u202egpj\u200b.exe\r\x08\x7f"
+
+
+def test_what_other_machines_wrote_moves_no_cursor_and_hides_nothing(scene):
+    """A stranger's beat or log would else clear the screen, or rewrite the lines of others."""
+    scene.until_branches([1, 1, 1])
+    scene.beat(scene.take("branch-1"), 1, doing=f"train{ESCAPES}")
+    for _ in range(2):
+        scene.end(scene.take("branch-0"), "failed", f"first\n\tsecond{ESCAPES}\nthird")
+    seen = scene.look()
+    shown = "\n".join(seen.lines())
+    assert "held by w1, train[2J]0;title31mredgpj.exe" in shown and "\tsecond[2J]0;title31mredgpj.exe" in shown
+    for text in (shown, seen.as_json()):
+        assert not [c for c in text if c != "\n" and c != "\t" and unicodedata.category(c) in ("Cc", "Cf")]
+
+
+def test_the_terminal_gets_no_control_characters(capsys):
+    cli_work._tell(f"a{ESCAPES}\nb [red]")
+    assert capsys.readouterr().out == "a[2J]0;title31mredgpj.exe\nb [red]\n"
+
+
+@pytest.mark.parametrize("figure", ["tokens_per_second", "seconds_left", "loss"])
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+def test_a_beat_has_finite_numbers_and_a_look_survives_others(scene, figure, number):
+    """A trainer's 1e999 is infinity to Python, and was written into the store as null."""
+    for value in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValueError, match=figure):
+            Beat.model_validate({"count": 1, figure: value})
+    scene.until_branches([1, 1, 1])
+    scene.take("branch-0")
+    scene.store.replace("jobs/branch-0/beat-0000.json", f'{{"count": 1, "{figure}": {number}}}'.encode())
+    assert scene.job("branch-0").state == "held"
 
 
 def test_only_the_newest_attempt_holds_a_job(scene):

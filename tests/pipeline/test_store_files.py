@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,12 +21,12 @@ import pytest
 
 import gcs_server
 import s3_server
-from anabranch.errors import AnabranchError, CorruptedError, OutputError
-from anabranch.store import files
+from anabranch.errors import AnabranchError, CorruptedError, OutputError, Preempted
+from anabranch.store import cache, files
 from anabranch.store import folder as folder_of_files
 from anabranch.store.artifacts import FileRef
 from anabranch.store.bucket import Verdict, judge, plain
-from anabranch.store.files import Store, open_store
+from anabranch.store.files import Store, fetch_all, open_store, put_all
 from s3_server import Faults, Server
 
 MIB = 2**20
@@ -473,6 +474,137 @@ def test_a_download_asks_for_its_room_first(quiet: Server, tmp_path: Path, monke
             store.get(ref, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     store.get(ref, tmp_path / "out")
+
+
+def test_a_copy_from_a_near_store_asks_for_its_room_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, out = opened(str(tmp_path / "store"), tmp_path), tmp_path / "out"
+    ref = store.put(some_file(tmp_path / "f", 1000))  # small: copied
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))
+    with pytest.raises(OutputError, match="1,000 bytes are needed and 5 are free"):
+        store.get(ref, out)
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002])
+def test_an_object_is_read_only_and_is_linked_only_where_no_other_may_write_it(tmp_path: Path, umask: int) -> None:
+    """With umask 002, as a group that shares a store has it, the group could change a linked file after its hash was taken."""
+    before = os.umask(umask)
+    try:
+        store, file, out = opened(str(tmp_path / "store"), tmp_path), some_file(tmp_path / "f", 2 * MIB), tmp_path / "out"
+        ref, small = store.put(file), store.put(some_file(tmp_path / "small", 10))
+        kept, kept_small = (tmp_path / "store" / "objects" / one.sha256[:2] / one.sha256 for one in (ref, small))
+        assert os.path.samefile(kept, file) is (umask == 0o022)
+        assert kept_small.stat().st_mode & 0o777 == 0o444 and not kept.stat().st_mode & 0o022
+        store.get(ref, out)
+        assert os.path.samefile(kept, out)  # ours alone to write
+        kept.chmod(0o664)  # as an older version, or another program, left it
+        store.get(ref, out)
+        assert not os.path.samefile(kept, out) and out.read_bytes() == file.read_bytes()
+    finally:
+        os.umask(before)
+
+
+# Many files
+
+def many_files(folder: Path, count: int) -> dict[str, Path]:
+    return {f"mixture/units/{i:04d}.safetensors": some_file(folder / f"{i}", 50 + i, i) for i in range(count)}
+
+
+@pytest.mark.parametrize("url", ["local", "s3"], indirect=True)
+def test_many_files_go_and_come(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "CHUNK", MIB)  # the last one is fetched in ranges, alone
+    store, sent = opened(url, tmp_path), many_files(tmp_path / "in", 40) | {"big": some_file(tmp_path / "big", 3 * MIB)}
+    refs, told = put_all(store, sent), []
+    assert list(refs) == list(sent) and all(store.has(ref) for ref in refs.values())
+    known = {path: FileRef(sha256="0" * 64, size=ref.size) for path, ref in refs.items()}
+    assert put_all(opened(f"memory://{tmp_path.name}/known", tmp_path), sent, known=known) == known  # not hashed again
+    fetch_all(store, refs, tmp_path / "out", told=lambda *one: told.append(one))
+    assert {path: (tmp_path / "out" / path).read_bytes() for path in sent} == {p: f.read_bytes() for p, f in sent.items()}
+    assert [done for _, done, count in told] == list(range(1, 42)) and {one[0] for one in told} == set(sent)
+    (tmp_path / "out" / "big").write_bytes(b"mine")
+    fetch_all(store, refs, tmp_path / "out")
+    assert (tmp_path / "out" / "big").read_bytes() == b"mine"  # what is there stays
+
+
+def test_files_are_brought_eight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each barrier opens for eight at once: one at a time would wait for ever."""
+    store = opened(f"memory://{tmp_path.name}", tmp_path)
+    refs, together = put_all(store, many_files(tmp_path / "in", 24)), threading.Barrier(8)
+    get = Store.get
+    monkeypatch.setattr(Store, "get", lambda *a, **b: (together.wait(20), get(*a, **b)))
+    fetch_all(store, refs, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "mixture" / "units").iterdir())) == 24
+
+
+def test_failures_are_told_together_and_end_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, begun = opened(f"memory://{tmp_path.name}", tmp_path), []
+    refs = put_all(store, many_files(tmp_path / "in", 200))
+    for path in list(refs)[:2]:
+        store.remove_object(refs[path])
+    get = Store.get
+    monkeypatch.setattr(Store, "get", lambda self, ref, to, **more: (begun.append(ref), time.sleep(0.01), get(self, ref, to)))
+    with pytest.raises(CorruptedError) as told:
+        fetch_all(store, refs, tmp_path / "out")
+    assert str(told.value).count("there is no such object") == 2 and len(begun) < 100
+    with pytest.raises(CorruptedError, match="there is no such object") as told:
+        fetch_all(store, dict(list(refs.items())[1:]), tmp_path / "other")
+    assert "\n" not in str(told.value)
+
+
+def test_a_stop_is_heard_between_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, stop, begun = opened(f"memory://{tmp_path.name}", tmp_path), threading.Event(), []
+    refs = put_all(store, many_files(tmp_path / "in", 100))
+    get = Store.get
+
+    def one(self: Store, ref: FileRef, to: Path, **more: Any) -> None:
+        begun.append(ref)
+        stop.set() if len(begun) == 20 else time.sleep(0.01)
+        get(self, ref, to, **more)
+
+    monkeypatch.setattr(Store, "get", one)
+    with pytest.raises(Preempted, match="asked to stop"):
+        fetch_all(store, refs, tmp_path / "out", stop=stop)
+    assert 20 <= len(begun) < 40
+    with pytest.raises(Preempted, match="asked to stop"):
+        put_all(store, many_files(tmp_path / "in", 3), stop=stop)
+
+
+# The cache stays small
+
+def test_what_is_needed_once_does_not_stay_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "CHUNK", MIB)
+    store = opened(f"memory://{tmp_path.name}", tmp_path)
+    ref, small = store.put(some_file(tmp_path / "f", 3 * MIB)), store.put(some_file(tmp_path / "small", 10))
+    whole = store._backend.read_range
+    monkeypatch.setattr(store._backend, "read_range", lambda *asked: whole(*asked) if asked[1] < MIB else 1 / 0)
+    with pytest.raises(OutputError):
+        store.get(ref, tmp_path / "out", keep=False)
+    monkeypatch.setattr(store._backend, "read_range", whole)
+    before = store.moved["received"]
+    store.get(ref, tmp_path / "out", keep=False)
+    assert store.moved["received"] - before == 2 * MIB  # it went on where it broke off
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "f").read_bytes()
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    store.get(small, tmp_path / "small out", keep=False)  # costs nothing to keep
+    store.get(ref, tmp_path / "kept")
+    store.get(ref, tmp_path / "out", keep=False)  # as another job wants it
+    assert len([p for p in (tmp_path / "cache").rglob("*") if p.is_file()]) == 2
+
+
+def test_what_nobody_used_for_a_month_leaves_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, refs = opened(f"memory://{tmp_path.name}", tmp_path), []
+    for i, size in enumerate((10, 2 * MIB)):
+        refs.append(store.put(some_file(tmp_path / f"f{i}", size)))
+        store.get(refs[-1], tmp_path / f"out{i}")
+    part = tmp_path / "cache" / "objects" / "ab" / f"ab{'0' * 62}.part"
+    some_file(part, 5)
+    now = time.time()
+    for days, left in ((29, 3), (31, 1)):
+        monkeypatch.setattr(time, "time", lambda days=days: now + days * 86400)
+        cache.sweep.cache_clear()
+        store.get(refs[0], tmp_path / "again") if days == 29 else cache.sweep(tmp_path / "cache")
+        assert len([p for p in (tmp_path / "cache").rglob("*") if p.is_file()]) == left
+    assert (tmp_path / "cache" / "objects" / refs[1].sha256[:2] / refs[1].sha256).exists()  # somebody has a link to it
 
 
 def test_a_file_that_changes_while_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

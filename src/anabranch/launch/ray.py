@@ -62,8 +62,8 @@ def run_jobs_ray(jobs: Sequence[Job], section: RaySection, *, retries: int,
     Raises:
         RecipeError: no Ray, no cluster at that address, or one that cannot ever run these jobs.
         BranchFailed: naming every job that failed and what waited for it, with the end of its log.
-        KeyboardInterrupt: after the commands were told to stop (SIGTERM: they save a checkpoint) and have ended; a second one
-            meanwhile leaves at once, and Ray ends them.
+        KeyboardInterrupt: after the commands were told to stop (SIGTERM: they save a checkpoint) and have ended. A second
+            one meanwhile leaves at once; the commands are then told again by the end of Ray's own processes.
     """
     with _terminated_as_interrupted():
         _run_on_cluster(list(jobs), section, retries, on_tick)
