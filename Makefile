@@ -25,9 +25,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Two workers of one thread each beat one worker of two threads: the tests start many small processes.
+# Workers of one thread each: the tests start many small processes. Three on two cores: many of them wait (queues, leases).
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -q --durations=15
 
 clean:
 	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache

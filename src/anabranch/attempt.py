@@ -23,7 +23,7 @@ from anabranch.processes import signal_group
 from anabranch.pushing import Pusher, prune
 from anabranch.store import leases
 from anabranch.store.artifacts import Beat, End, Result, StoredRun
-from anabranch.store.files import Store, fetch_all
+from anabranch.store.files import Store, fetch_all, put_all
 
 if TYPE_CHECKING:
     from anabranch.worker import Worker
@@ -185,7 +185,7 @@ def _judge(worker: Worker, lease: leases.Lease, beat: Beats, code: int, log: Pat
 def push(worker: Worker, lease: leases.Lease, space: Path) -> None:
     """Publish what the job made, and say so if another came first with something else."""
     made = sorted(p.relative_to(space).as_posix() for p in space.rglob("*") if p.is_file() and not p.is_symlink())
-    files = {path: worker.store.put(space / path) for path in made if jobs.may_leave(lease.job, path)}
+    files = put_all(worker.store, {path: space / path for path in made if jobs.may_leave(lease.job, path)})
     result = Result(job=lease.job, run=worker.run.hash, attempt=lease.attempt, worker=worker.name, files=files)
     jobs.check_result(result)
     standing = leases.publish(worker.store, worker.run, result)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from anabranch import cli_diagnose, cli_merge, cli_mergeability, cli_pilot, cli_work, exit_codes
-from anabranch.errors import AnabranchError, OutputError, Preempted, RecipeError
+from anabranch.errors import AnabranchError, OutputError, Preempted, RecipeError, printable
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -39,10 +39,10 @@ def main() -> None:
     try:
         app()
     except Preempted as error:
-        err.print(str(error), markup=False)
+        err.print(printable(str(error)), markup=False)
         sys.exit(exit_codes.PREEMPTED)
     except AnabranchError as error:
-        err.print(f"{type(error).__name__}: {error}", style="red", markup=False)
+        err.print(printable(f"{type(error).__name__}: {error}"), style="red", markup=False)
         sys.exit(exit_codes.MUST_ACT)
     except SystemExit as ended:  # typer turns Ctrl-C into this
         if ended.code in (130, 143):
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _tell(text: str) -> None:
-    out.print(escape(text))
+    out.print(escape(printable(text)))
 
 
 def _progress() -> Callable[[str, str, int, int], None]:

@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from anabranch import distribute, jobs, perform
-from anabranch.artifacts import MergeManifest
+from anabranch.artifacts import BranchManifest, MergeManifest
+from anabranch.branches import check_branch
 from anabranch.errors import BranchFailed, CorruptedError, ModelError, RecipeError
 from anabranch.forecast import forecast
 from anabranch.recipe import Recipe, load_recipe
@@ -90,7 +91,7 @@ def test_a_model_s_own_code_and_a_store_in_memory_are_refused_before_anything_is
 @pytest.mark.parametrize(("path", "may"), [
     ("model.safetensors", True), ("deep/er/state.json", True), ("x.py", False), ("rng.pt", False), ("a:b.json", False),
     ("../x.json", False), ("/x.json", False), (".x.json", False), ("é.json", False), ("x.json\n", False), ("", False),
-    ("x", False), ("a" * 201 + ".json", False),
+    ("x", False), ("é/x.json", False), ("a" * 201 + ".json", False),
 ])
 def test_what_may_travel(path: str, may: bool) -> None:
     assert jobs.may_travel(path) is may
@@ -200,6 +201,15 @@ def test_a_stranger_s_branch_is_refused_at_home_and_by_workers(home: Home, spoil
     with pytest.raises(CorruptedError, match=said):
         perform.perform(space, "evaluate-branch-0", tell=lambda _: None)
     assert not (space / "evaluation").exists()
+
+
+def test_a_damaged_branch_says_what_to_do_where_there_is_a_store(home: Home) -> None:
+    """Deleting the folder alone brings the same bytes home again."""
+    home.branch(1)
+    home.tell_branch(1, files={"model.safetensors": "0" * 64})
+    folder = home.made / "branches/1"
+    with pytest.raises(CorruptedError, match=r"remove results/branch-1\.json from the store"):
+        check_branch(BranchManifest.load(folder / "branch.json"), {}, folder)
 
 
 def test_a_branch_cannot_pass_with_a_merge_s_manifest(home: Home) -> None:

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from anabranch import __version__
+from anabranch import __version__, jobs
 from anabranch.artifacts import BranchManifest, Mixture, Plan, write_atomically
 from anabranch.branches import (
     Hold,
@@ -39,7 +39,6 @@ from anabranch.branches import (
     train_settings,
 )
 from anabranch.checkpoints import MARKER, checkpoints_in, is_complete, mark_complete
-from anabranch.engine.checkpoint import PICKLES
 from anabranch.errors import BranchFailed, Preempted, RecipeError, closest
 from anabranch.launch.logs import end_of_log
 from anabranch.processes import end_with_parent, signal_group
@@ -51,7 +50,6 @@ PLACE = re.compile(r"\{([a-z_]+)\}")
 GRACE = 45.0  # seconds from SIGTERM to SIGKILL; what runs us waits a little longer
 QUIET = 15.0  # seconds without a write, after which a checkpoint of the program's is taken to be whole
 TAIL = 25  # lines of the program's log in a message
-KEPT_HERE = (*PICKLES, ".npy", ".npz")  # pickles, and what may have one inside: a checkpoint with such files does not travel
 
 
 def train_group(recipe: Recipe, plan: Plan, branch: int, mixture: Mixture, mixture_folder: Path, base: Path,
@@ -204,7 +202,7 @@ def _mark_quiet(folder: Path, hold: Hold, quiet: float) -> None:
                 return
             if time.time() - max(p.stat().st_mtime for p in (path, *files)) < quiet:
                 continue
-            if not any(p.suffix in KEPT_HERE or p.parent != path for p in files):
+            if all(jobs.may_travel(f"checkpoint/{p.name}") and p.parent == path for p in files):
                 mark_complete(path, hold.inputs)
             return
         except FileNotFoundError:  # the program is removing it
