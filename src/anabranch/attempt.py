@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from anabranch.worker import Worker
 
 GRACE = 60.0  # seconds that a child has to save after it was told to stop
-LAST_PATIENCE = 20.0  # with the store, once this worker was told to stop
 
 
 class Beats:
@@ -156,7 +155,7 @@ def attend(worker: Worker, lease: leases.Lease, space: Path, base: Path | None, 
         with Pusher(worker, lease, at):
             while (code := child.poll()) is None:
                 if (worker.stop.is_set() or beat.lost.is_set()) and not told:
-                    told, worker.store.patience = time.monotonic(), min(worker.store.patience, LAST_PATIENCE)
+                    told = time.monotonic()
                     signal_group(child, signal.SIGTERM)
                 if told and time.monotonic() - told > GRACE:
                     signal_group(child, signal.SIGKILL)

@@ -142,8 +142,9 @@ def run(
     store: Annotated[str | None, typer.Option(help="folder or URL that all workers see, as s3://bucket/run")] = None,
 ) -> None:
     """Every stage that is not done: mixture, gradients, conflict, split, train, merge, evaluate, report."""
-    loaded = _recipe(recipe, [*(overrides or []), *([f"launch.launcher={launcher}"] if launcher else []),
-                              *([f"launch.store={store if '://' in store else Path(store).absolute()}"] if store else [])])
+    place = None if store is None else store if ":" in store.split("/")[0] else str(Path(store).absolute())
+    given = {"launch.launcher": launcher, "launch.store": place}
+    loaded = _recipe(recipe, [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value)])
     if dry_run:
         from anabranch.forecast import forecast
 

@@ -24,6 +24,9 @@ Cache = Annotated[Path | None, typer.Option(help="where downloads are kept and w
                                                  "~/.cache/anabranch")]
 
 
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value over the recipe's; repeatable")]
+
+
 def _tell(text: str) -> None:
     out.print(escape(printable(text)))  # workers elsewhere wrote some of it
 
@@ -126,9 +129,10 @@ def export(
     recipe: Annotated[Path, typer.Argument(help="the recipe (YAML)")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to write the job files")],
     trainer: Annotated[str, typer.Option(help="trl, axolotl, llamafactory or command")] = "trl",
+    overrides: Overrides = None,
 ) -> None:
     """Job files for another trainer: per branch its rows, a config and a script. Measures and splits first if need be."""
-    from anabranch.recipe import load_recipe
+    from anabranch.cli import _recipe
     from anabranch.run import open_run, run_stages
     from anabranch.trainers.job_files import TRAINERS, write_job_files
 
@@ -136,7 +140,7 @@ def export(
         from anabranch.errors import closest
 
         raise RecipeError(f"--trainer {trainer}: no such trainer.{closest(trainer, TRAINERS)}")
-    run = open_run(load_recipe(recipe), tell=_tell)
+    run = open_run(_recipe(recipe, overrides), tell=_tell)
     run_stages(run, until="split")
     for path in write_job_files(run, folder, trainer):
         _tell(f"written: {path}")

@@ -33,6 +33,7 @@ from anabranch.errors import (
     BranchFailed,
     CorruptedError,
     ModelError,
+    OutputError,
     Preempted,
     ProvenanceError,
     RecipeError,
@@ -52,6 +53,7 @@ from anabranch.worker import read_run
 NOUNS: dict[str, type[Artifact]] = {"gradients.json": Gradients, "conflict.json": Conflict, "plan.json": Plan,
                                     "branch.json": BranchManifest, "manifest.json": MergeManifest}
 NOUN_LIMIT = 2**28  # bytes of one of them
+IN_A_STORE = ("run.json", "objects", "jobs", "results")
 LAST = ("branch.json", "manifest.json", "gradients.json", "conflict.json")  # a stage counts as done once these are there
 
 
@@ -75,6 +77,7 @@ def check_launch(recipe: Recipe) -> None:
                           "would run what another worker left. Train on this machine (launcher local, no launch.store), or "
                           "export job files.")
     open_store(address)
+    _check_folder(address)
     if launch.launcher == "ray":
         from anabranch.launch.ray import check_ray
 
@@ -87,6 +90,19 @@ def check_launch(recipe: Recipe) -> None:
         from anabranch.launch.export import check_export
 
         check_export(store_url(recipe), launch.export)
+
+
+def _check_folder(address: str) -> None:
+    """A store is a folder of its own. Raises OutputError."""
+    folder = Path(address.removeprefix("file://"))
+    if ("://" in address and not address.startswith("file://")) or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputError(f"launch.store: {address} is a file. Give a folder that is new, empty or this run's store.")
+    strangers = [n for n in sorted(os.listdir(folder)) if n not in IN_A_STORE and not n.startswith((".", "probe-"))]
+    if strangers:
+        raise OutputError(f"launch.store: {address} holds other things ({', '.join(strangers[:3])}). Give a folder that is "
+                          "new, empty or this run's store.")
 
 
 def run_anywhere(run: Run, *, start: str | None = None, until: str = "report") -> None:

@@ -173,6 +173,14 @@ class LaunchSection(Section):
     gradient_shards: int = Field(1, ge=1, description="jobs that the gradient stage is cut into")
     lease_seconds: float = Field(120.0, gt=0, le=86400, description="a worker that is silent for so long has lost its job")
     retries: int = Field(3, ge=0, le=1000, description="failures of a job before it is given up; preemptions are free")
+
+    @field_validator("store")
+    @classmethod
+    def _is_a_place(cls, store: str | None) -> str | None:
+        if store is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(?!//)", store):
+            raise ValueError("looks like a URL with a slash too few: wanted s3://bucket/run, or a folder")
+        return store
+
     ray: RaySection = RaySection()
     slurm: SlurmSection = SlurmSection()
     export: ExportSection = ExportSection()

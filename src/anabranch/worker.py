@@ -89,7 +89,13 @@ def work(url: str | Path, *, only: str | None = None, model: Path | None = None,
     Raises:
         BranchFailed: what is left cannot be done; CorruptedError, OutputError, RecipeError: one message.
     """
-    store = open_store(url, cache=cache)
+    with _signals() as stop:
+        store = open_store(url, cache=cache)
+        store.halt = stop
+        return _work(store, only, model, trust, tell, stop)
+
+
+def _work(store: Store, only: str | None, model: Path | None, trust: bool, tell: Tell, stop: threading.Event) -> int:
     run = read_run(store)
     if only is not None and only not in run.jobs:
         raise RecipeError(f"{only}: the run has no such job. It has {', '.join(run.jobs)}.")
@@ -99,7 +105,7 @@ def work(url: str | Path, *, only: str | None = None, model: Path | None = None,
     if "ANABRANCH_LAUNCHER_PID" in os.environ:
         end_with_parent()
     name = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60] + f"-{os.getpid()}-{secrets.token_hex(3)}"
-    with _workspace(store.cache, run, name) as folder, _signals() as stop:
+    with _workspace(store.cache, run, name) as folder:
         worker = Worker(store, run, model, trust, tell, name, folder, stop=stop)
         try:
             return _until_done(worker, [only] if only else _order(run, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from anabranch.store.artifacts import FileRef, Result, StoredRun
 from anabranch.store.files import Store, open_store
 from anabranch.trainers.returned import accept_branch
 from anabranch.worker import read_run
-from conftest import write_recipe
+from conftest import anabranch, write_recipe
 
 INDEX = "model.safetensors.index.json"
 
@@ -297,3 +298,14 @@ def test_the_hashes_of_a_branch_that_was_checked_are_not_taken_again(home: Home,
     known = put[str(weights)]
     assert known is not None and known.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert put[str(home.run.folder / "plan.json")] is None
+
+
+@pytest.mark.parametrize("what", ["a file", "a base", "a URL with a slash too few"])
+def test_a_place_that_is_no_store_is_refused_before_anything_is_written(what, tmp_path, tiny_base):
+    recipe = write_recipe(tmp_path, tiny_base)
+    place = {"a file": tmp_path / "recipe.yaml", "a base": tiny_base, "a URL with a slash too few": "s3:/runs/x"}[what]
+    before = sorted(os.listdir(tiny_base))
+    done = anabranch("run", recipe, "--launcher", "export", "--store", place, check=False)
+    words = {"a file": "is a file", "a base": "holds other things", "a URL with a slash too few": "a slash too few"}[what]
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert sorted(os.listdir(tiny_base)) == before and not (tmp_path / "run" / "mixture").exists()

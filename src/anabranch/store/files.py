@@ -16,6 +16,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import logging
 import os
 import random
 import re
@@ -29,7 +30,7 @@ from typing import BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from anabranch.artifacts import file_digest
-from anabranch.errors import AnabranchError, CorruptedError, OutputError, Preempted, RecipeError
+from anabranch.errors import AnabranchError, CorruptedError, OutputError, Preempted, RecipeError, printable
 from anabranch.store.artifacts import STATE_LIMIT, FileRef, Files, check_relative
 from anabranch.store.bucket import Bucket, Verdict, judge, plain
 from anabranch.store.cache import LARGE, check_room, is_good, locked, move, place, sweep, telling
@@ -38,6 +39,7 @@ from anabranch.store.folder import Folder
 CHUNK = 16 * 2**20  # bytes of one range of a download
 _STREAMS = 4  # ranges of one download under way at a time
 _AT_ONCE = 8  # small files under way at a time: a bucket takes 50 ms for each, however small
+_LAST_PATIENCE, _WORD_AFTER = 20.0, 5.0  # seconds
 _PAUSE = (0.1, 5.0)  # seconds: the first pause before a request is repeated, and the longest
 
 Answer = TypeVar("Answer")
@@ -70,6 +72,7 @@ class Store:
             within 30 s lowers it).
         requests: how often each kind of request was sent, repeats included.
         cache: the folder of downloads.
+        halt: once set, the store is waited for no longer than 20 s more: its user was asked to stop.
         moved: bytes "sent" and "received"; a hard link moves none.
     """
 
@@ -81,7 +84,9 @@ class Store:
         self._backend = backend
         self.cache = cache
         self._lock = threading.Lock()
+        self.halt: threading.Event | None = None
         self._folder = "objects"
+        self._said = float("-inf")
 
     def below(self, folder: str) -> Store:
         """The same store, with objects of its own below a folder: they are not shared with others, so they may be removed."""
@@ -339,12 +344,22 @@ class Store:
                 waited = time.monotonic() - began
                 if verdict is not Verdict.TRANSIENT:
                     raise self._refusal(kind, name, verdict, error) from error
-                if waited >= self.patience:
+                halted = self.halt is not None and self.halt.is_set()
+                patience = min(self.patience, _LAST_PATIENCE) if halted else self.patience
+                self._say_that_it_waits(waited, patience, error)
+                if waited >= patience:
                     raise OutputError(f"the store {self.url} did not answer for {waited:.0f} s: {kind} {name}: {plain(error)}. "
                                       "Check the network and the store, then run the same command again.") from error
             # Jitter keeps hundreds of workers from coming back at the same instant. It reaches no result.
-            time.sleep(min(pause, max(0.0, self.patience - waited)) * random.uniform(0.5, 1.0))
+            time.sleep(min(pause, max(0.0, patience - waited)) * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _PAUSE[1])
+
+    def _say_that_it_waits(self, waited: float, patience: float, error: Exception) -> None:
+        """Two minutes without a word look like a hang. Once a minute, however many threads wait."""
+        if waited > _WORD_AFTER and time.monotonic() - self._said > 60.0:
+            self._said = time.monotonic()
+            logging.getLogger("anabranch").warning("the store %s does not answer (%s); it is asked again for up to %.0f s",
+                                                   self.url, printable(plain(error)), patience)
 
     def _refusal(self, kind: str, name: str, verdict: Verdict, error: Exception) -> AnabranchError:
         remedy = {
@@ -353,7 +368,7 @@ class Store:
             Verdict.NO_BUCKET: "there is no such bucket, or it is in another region. Make it, or correct the URL.",
             Verdict.LACKING: "the store cannot do this. It must support atomic create (S3: `If-None-Match: *`).",
             Verdict.FULL: "no space left on the device. Free some, then run the same command again.",
-            Verdict.ABSENT: "there is no such bucket, or it has vanished.",
+            Verdict.ABSENT: "there is no such folder or bucket, or it has vanished.",
         }.get(verdict, "refused.")
         return OutputError(f"the store {self.url}: {kind} {name}: {remedy} ({plain(error)})")
 
