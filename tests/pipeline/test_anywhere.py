@@ -50,8 +50,8 @@ def wait_until(what, condition) -> None:
 def test_killed_and_stopped_workers_lose_nothing(quiet, tmp_path):
     """SIGKILL in the middle of a branch: another takes over from its checkpoint. SIGTERM: it saves and leaves with 85."""
     address = str(tmp_path / "store")
-    through = ["run", str(quiet), "--launcher", "export", "--store", address, "--set", f"output={tmp_path / 'run'}",
-               "--set", "launch.lease_seconds=5", "--set", "train.save_steps=1", "--set", "train.num_train_epochs=1"]
+    settings = [f"output={tmp_path / 'run'}", "evaluate.branches=false", "launch.lease_seconds=5", "train.save_steps=1"]
+    through = ["run", str(quiet), "--launcher", "export", "--store", address, *(w for s in settings for w in ("--set", s))]
     told = anabranch(*through)
     assert "anabranch work" in told.stdout
     store = open_store(address)
@@ -86,10 +86,10 @@ def test_killed_and_stopped_workers_lose_nothing(quiet, tmp_path):
 
 def test_the_local_launcher_starts_workers_on_a_store(quiet, tmp_path):
     anabranch("run", quiet, "--store", tmp_path / "store", "--until", "merge", "--set", f"output={tmp_path / 'run'}",
-              "--set", "launch.gradient_shards=9", env=os.environ | {"ANABRANCH_CACHE": str(tmp_path / "cache")})
+              "--set", "launch.gradient_shards=2", env=os.environ | {"ANABRANCH_CACHE": str(tmp_path / "cache")})
     theirs = quiet.parent / "run"
     assert (tmp_path / "run/merged/model.safetensors").read_bytes() == (theirs / "merged/model.safetensors").read_bytes()
     assert not (tmp_path / "run/evaluation").exists()
     again = anabranch("run", quiet, "--store", tmp_path / "store", "--set", f"output={tmp_path / 'run'}",
-                      "--set", "launch.gradient_shards=9", "--set", "split.groups=3", check=False)
+                      "--set", "launch.gradient_shards=2", "--set", "split.groups=3", check=False)
     assert again.returncode == 2 and "recipe.split" in again.stderr and "Traceback" not in again.stderr

@@ -309,3 +309,9 @@ def test_a_place_that_is_no_store_is_refused_before_anything_is_written(what, tm
     words = {"a file": "is a file", "a base": "holds other things", "a URL with a slash too few": "a slash too few"}[what]
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert sorted(os.listdir(tiny_base)) == before and not (tmp_path / "run" / "mixture").exists()
+
+
+def test_there_are_no_more_shards_than_units(tmp_path, tiny_base):
+    recipe = load_recipe(write_recipe(tmp_path, tiny_base), {"launch.gradient_shards": 9})
+    table = jobs.job_table(recipe, 2, 5)
+    assert table["plan"] == [f"gradients-{i}" for i in range(5)] and table["merge"] == ["branch-0", "branch-1"]
