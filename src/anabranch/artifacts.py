@@ -271,6 +271,9 @@ class MergeManifest(Artifact):
     missing: list[int] = Field([], description="branches of the plan that are not in it: a partial merge, whose weights sum "
                                                "to one over the others")
     config: str | None = Field(None, description="the text of the merge config, for `anabranch merge`")
+    verb: str | None = Field(None, description="the command that made it, where it is no merge: 'lora extract'")
+    settings: dict[str, Any] = Field({}, description="of that command: all that decides the bytes beside the inputs")
+    report: dict[str, Any] = Field({}, description="figures of that command")
     found_from: list[str] = Field([], description="folders from which the config's relative paths were looked up, seen from "
                                                   "the merged folder")
     seed: int = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 DONE = 0
-BAD_VERDICT = 1  # done, and what was found is bad
 MUST_ACT = 2  # the user must change something: starting it again changes nothing
 TRY_AGAIN = 75  # trouble of this machine or of the store (EX_TEMPFAIL): start it again, later or elsewhere
 PREEMPTED = 85  # asked to stop, and saved: start it again

@@ -19,7 +19,6 @@ from anabranch.errors import RecipeError, closest, describe_validation_error
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Format = Literal["auto", "prompt_completion", "alpaca", "messages", "sharegpt", "text"]
-PARTITIONS = ("merit", "random", "stratified", "conflict_greedy", "kmeans", "joint", "soup")
 # What the trainer is told by the pipeline, so that branches agree; a recipe may not set them.
 OWNED_BY_PIPELINE = ("output_dir", "seed", "data_seed", "max_steps", "max_length", "report_to", "do_train", "do_eval",
                      "resume_from_checkpoint", "packing", "dataset_text_field", "assistant_only_loss",

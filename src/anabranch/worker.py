@@ -65,11 +65,11 @@ class Worker:
 
 
 def read_run(store: Store) -> StoredRun:
-    """The run of a store. Raises CorruptedError where there is none, or one that cannot be."""
+    """The run of a store. Raises RecipeError where there is none, CorruptedError for one that cannot be."""
     data = store.read("run.json")
     if data is None:
-        raise CorruptedError(f"{store.url}: no run here (no run.json). `anabranch run recipe.yaml` with `launch.store` set to "
-                             "this place makes one; check the address.")
+        raise RecipeError(f"{store.url}: no run here (no run.json). `anabranch run recipe.yaml` with `launch.store` set to "
+                          "this place makes one; check the address.")
     run = leases.parse(StoredRun, data, f"{store.url}: run.json")
     jobs.check_run(run, store.url)
     return run

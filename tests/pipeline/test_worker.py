@@ -180,10 +180,10 @@ def test_all_jobs_are_done_in_their_order(place: Place) -> None:
 TRUSTED = {
     "command": ({"trainer": {"kind": "command", "command": ["evil", "{out}"]}}, "evil {out}"),
     "code": ({"model": {"path": "somebody/model", "trust_remote_code": True}}, "trust_remote_code"),
-    "path": ({"train": {"deepspeed": "/tmp/evil.json"}}, "train.deepspeed"),
+    "path": ({"train": {"deepspeed": "evil/settings.json"}}, "train.deepspeed"),
     "file": ({"train": {"deepspeed": "evil.json"}}, "train.deepspeed"),
     "settings": ({"train": {"model_init_kwargs": {"device_map": "auto"}}}, "train.model_init_kwargs"),
-    "list": ({"train": {"fsdp": ["full_shard", "/tmp/x"]}}, "train.fsdp"),
+    "list": ({"train": {"fsdp": ["full_shard", "evil/x"]}}, "train.fsdp"),
     "lora": ({"model": {"path": "somebody/model", "lora": {"corda_config": {"cache_file": "x"}}}}, "model.lora.corda_config"),
 }
 

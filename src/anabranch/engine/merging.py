@@ -239,6 +239,11 @@ def verify(folder: Path | str, *, files_only: bool = False, allow_pickle: bool =
         if name not in done or done[name].hash != manifest.tensors.get(name)]
 
 
+def is_repeatable(folder: Path | str) -> bool:
+    """Whether a folder keeps the config that it was merged from, so that `verify` can compute it once more."""
+    return MergeManifest.load(Path(folder) / MANIFEST).config is not None
+
+
 def _check_places(config: MergeConfig, manifest: MergeManifest) -> None:
     """A model that was a folder is never looked for on the Hub. Raises ModelError."""
     local = {one.label for one in manifest.inputs if one.local}
@@ -357,8 +362,9 @@ def verify_files(folder: Path) -> list[str]:
             problems.append(f"{folder / name}: missing")
         elif (got := file_digest(folder / name)) != wanted:
             problems.append(f"{folder / name}: changed since the merge (SHA-256 {got[:12]}, wanted {wanted[:12]})")
+    adapter = folder / "adapter_model.safetensors"
     try:
-        checkpoint = Checkpoint.open(folder, config_needed=False)
+        checkpoint = Checkpoint.of_file(adapter) if adapter.is_file() else Checkpoint.open(folder, config_needed=False)
     except AnabranchError as error:
         return [*problems, str(error)]
     for name in sorted(manifest.tensors.keys() | checkpoint.tensors.keys()):

@@ -191,7 +191,7 @@ class Bucket:
         return False
 
     def fetch_near(self, name: str, to: Path) -> str:
-        raise NotImplementedError("nothing in a bucket is near")
+        raise NotImplementedError("`is_near` says no, so nobody asks a bucket for it")
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"

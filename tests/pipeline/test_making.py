@@ -1,0 +1,135 @@
+"""Folders whose tensors functions compute: rounded once, checked, resumed after a kill, refused where they are not ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from anabranch.engine.checkpoint import Checkpoint
+from anabranch.engine.making import Made, Read, copied, forecast_made, make_model
+from anabranch.engine.merging import verify
+from anabranch.errors import CorruptedError, OutputError, RecipeError
+
+
+@pytest.fixture
+def origin(tmp_path):
+    folder = tmp_path / "origin"
+    folder.mkdir()
+    torch.manual_seed(0)
+    save_file({"a": torch.randn(3, 4), "b": torch.randn(5).to(torch.bfloat16), "n": torch.arange(4)},
+              folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return Checkpoint.open(folder)
+
+
+def doubled(checkpoint):
+    return Made({"a": ((3, 4), "BF16"), "c": ((), "F32")},
+                lambda: {"a": checkpoint.read("a").double() * 2, "c": checkpoint.read("a").sum()})
+
+
+def make(out, origin, made=None, **more):
+    made = made or [doubled(origin), copied(origin, "b", as_name="z", dtype="F32"), copied(origin, "n", dtype="F32")]
+    return make_model(out, made, {"config.json": b"{}"}, [Read("origin", origin)],
+                      **({"verb": "test", "settings": {"sizes": (1, 2)}, "threads": 2} | more))
+
+
+def test_tensors_are_rounded_once_and_whole_numbers_kept(tmp_path, origin):
+    manifest = make(tmp_path / "out", origin)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert made["a"].equal((origin.read("a").double() * 2).to(torch.bfloat16))
+    assert made["c"].shape == () and made["z"].equal(origin.read("b").float()) and made["n"].equal(torch.arange(4))
+    assert manifest.verb == "test" and manifest.inputs[0].label == "origin" and verify(tmp_path / "out") == []
+
+
+def test_the_same_again_is_nothing_and_something_else_is_refused(tmp_path, origin):
+    out = tmp_path / "out"
+    first = make(out, origin)
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert make(out, origin).hash == first.hash and (out / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(OutputError, match="settings"):
+        make(out, origin, settings={"sizes": [1, 3]})
+    tensors = load_file(origin.folder / "model.safetensors")
+    save_file(tensors | {"a": tensors["a"] + 1}, origin.folder / "model.safetensors")
+    with pytest.raises(OutputError, match="other inputs"):
+        make(out, Checkpoint.open(origin.folder))
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_threads_shards_and_order_do_not_show(tmp_path, origin):
+    made = [copied(origin, "n"), copied(origin, "b"), doubled(origin)]
+    make(tmp_path / "one", origin, made, threads=1)
+    make(tmp_path / "two", origin, made[::-1], threads=8)
+    make(tmp_path / "three", origin, made, max_shard_size=40)
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert a == b and len(list((tmp_path / "three").glob("*.safetensors"))) > 1
+    index = json.loads((tmp_path / "three" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == {"a", "b", "c", "n"}
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    assert all(Checkpoint.open(tmp_path / "three").read(name).equal(tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(("value", "dtype", "words"),
+                         [(float("nan"), "F32", "NaN or infinity"), (1e6, "F16", "too large for F16")])
+def test_what_is_not_finite_leaves_nothing(tmp_path, origin, value, dtype, words):
+    bad = [Made({"x": ((2,), dtype)}, lambda: {"x": torch.full((2,), value)})]
+    with pytest.raises(CorruptedError, match=words):
+        make(tmp_path / "out", origin, bad)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["origin"]
+    make(tmp_path / "out", origin, bad, allow_nonfinite=True)
+
+
+def test_an_input_and_a_limit_too_small_are_refused_before_anything(tmp_path, origin):
+    with pytest.raises(OutputError, match="one of the inputs"):
+        make(origin.folder, origin)
+    with pytest.raises(RecipeError, match="too little"):
+        make(tmp_path / "out", origin, memory="1MB")
+    with pytest.raises(RecipeError, match="max-shard-size"):
+        make(tmp_path / "out", origin, max_shard_size="much")
+    lines = forecast_made(tmp_path / "out", [doubled(origin)], {}, [Read("origin", origin)])
+    assert any("13 parameters" in line for line in lines) and not (tmp_path / "out").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["origin"]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+from anabranch.engine.making import Made, Read, make_model
+from anabranch.engine.checkpoint import Checkpoint
+out, origin, told, slow = Path(sys.argv[1]), Checkpoint.open(Path(sys.argv[2])), Path(sys.argv[3]), sys.argv[4] == "slow"
+def make(i):
+    with open(told, "a") as file:
+        file.write(f"{i}\\n")
+    if slow and i >= 3:
+        time.sleep(60)
+    return {f"t.{i}": torch.full((100,), float(i))}
+made = [Made({f"t.{i}": ((100,), "F32")}, lambda i=i: make(i)) for i in range(6)]
+make_model(out, made, {}, [Read("origin", origin)], verb="test", settings={}, threads=1)
+"""
+
+
+def test_after_a_kill_only_what_is_missing_is_made(tmp_path, origin):
+    out, told = tmp_path / "out", tmp_path / "told"
+    arguments = [sys.executable, "-c", KILLED, str(out), str(origin.folder), str(told)]
+    source = str(Path(__file__).parents[2] / "src")
+    child = subprocess.Popen([*arguments, "slow"], env=os.environ | {"PYTHONPATH": source})
+    for _ in range(600):
+        if told.exists() and "3" in told.read_text().split():
+            break
+        time.sleep(0.1)
+    child.kill()
+    child.wait()
+    assert not out.exists()
+    told.unlink()
+    subprocess.run([*arguments, "fast"], check=True, env=os.environ | {"PYTHONPATH": source})
+    assert told.read_text().split() == ["3", "4", "5"]
+    tensors = load_file(out / "model.safetensors")
+    assert all(tensors[f"t.{i}"].eq(i).all() for i in range(6)) and verify(out) == []
