@@ -33,6 +33,7 @@ DEPENDENT = 1e-5
 REPRODUCED = 1e-6
 FLOOR = 1e-6
 FALLBACK_SPREAD = 0.02
+CHUNK = 8192
 PENALTIES = [10.0 ** (step / 2) for step in range(-16, 3)]  # shares of the largest eigenvalue
 
 
@@ -254,7 +255,7 @@ def _weights(count: int, how: Pooling, head: bool) -> list[float]:
     if how == "sum":
         return [1.0] * count
     if how == "mean":
-        return [1.0 / count] * count
+        return [1.0 / max(count, 1)] * count
     if how == "first_last":
         taken = 0 if head else count - 1
         return [float(i == taken) for i in range(count)]
@@ -272,29 +273,32 @@ def _weighted(matrix: Tensor, pieces: Sequence[Sequence[int]], weights: Sequence
     return out
 
 
-def composed(targets: Tensor | None, pieces: Sequence[Sequence[int]], donor: Tensor | None, anchor_pieces: Sequence[Sequence[int]],
-             model: Tensor, matrix: Tensor) -> Tensor:
-    """A linear map, learnt on shared tokens, from a token's pieces and its donor row to its row.
+def composed(targets: Tensor | None, pieces: Sequence[Sequence[int]], donor: Tensor | None,
+             anchor_pieces: Sequence[Sequence[int]], model: Tensor, matrix: Tensor) -> Tensor:
+    """The mean of a token's pieces, and what shared tokens teach about how a token differs from it.
 
     Shared tokens are taken apart as if the model did not have them (`anchor_pieces`, each without the token itself), and a
-    ridge regression learns their rows from [donor row, mean of the pieces, first piece, last piece]; it then makes the rows of
-    the wanted tokens. Without donor rows it learns from the pieces alone. Anchors of fewer than two pieces teach nothing.
+    ridge regression learns row - mean of the pieces from [donor row, mean of the pieces, first piece, last piece]; what it
+    says of the wanted tokens is added to the mean of theirs. Where it learns little, its penalty is high and the result is
+    close to the mean of the pieces. Without donor rows it learns from the pieces alone. Anchors of fewer than two pieces
+    teach nothing.
 
     Args:
         targets, donor: donor rows of the wanted tokens and of the anchors, or None for both.
         pieces, anchor_pieces: numbers of rows of `matrix`, the model's whole embedding.
         model: the model's rows of the anchors.
     """
+    start = pooled(matrix, pieces, "mean", head=False)
     taught = [i for i, parts in enumerate(anchor_pieces) if len(parts) > 1]
     if len(taught) < 3:
-        return pooled(matrix, pieces, "mean", head=False)
-    rows = torch.tensor(taught)
-    known = _features(None if donor is None else donor[rows], [anchor_pieces[i] for i in taught], matrix)
-    wanted = _features(targets, pieces, matrix)
-    middle, centre = known.mean(0), model[rows].double().mean(0)
+        return start
+    rows, parts = torch.tensor(taught), [anchor_pieces[i] for i in taught]
+    known, wanted = _features(None if donor is None else donor[rows], parts, matrix), _features(targets, pieces, matrix)
+    rest = model[rows].double() - pooled(matrix, parts, "mean", head=False).double()
+    middle, centre = known.mean(0), rest.mean(0)
     spread = (known - middle).square().mean(0).sqrt().clamp_min(1e-12)
-    learnt = ridge_map((known - middle) / spread, model[rows].double() - centre)
-    return ((wanted - middle) / spread @ learnt + centre).float()
+    learnt = ridge_map((known - middle) / spread, rest - centre)
+    return ((wanted - middle) / spread @ learnt + centre + start.double()).float()
 
 
 def _features(donor: Tensor | None, pieces: Sequence[Sequence[int]], matrix: Tensor) -> Tensor:
@@ -308,7 +312,12 @@ def _features(donor: Tensor | None, pieces: Sequence[Sequence[int]], matrix: Ten
 
 def mean_row(matrix: Tensor, count: int) -> Tensor:
     """The mean of the model's rows, for each of `count` tokens."""
-    return matrix.double().mean(0).float().expand(count, -1).clone()
+    return _mean(matrix).float().expand(count, -1).clone()
+
+
+def _mean(matrix: Tensor) -> Tensor:
+    """float64 [b], a part of the rows at a time: a vocabulary in float64 can be larger than the memory."""
+    return torch.stack([part.double().sum(0) for part in matrix.split(CHUNK)]).sum(0) / len(matrix)
 
 
 def random_around(matrix: Tensor, normal: Tensor) -> tuple[Tensor, bool]:
@@ -317,8 +326,12 @@ def random_around(matrix: Tensor, normal: Tensor) -> tuple[Tensor, bool]:
     The covariance has divisor n. Where it is not positive definite in float32 (fewer rows than columns, or a column that is
     the sum of others) the result is 0.02 N(0, 1): the peer's intention, whose code fails there.
     """
-    centred = matrix.float() - matrix.float().mean(0)
-    factor, failed = torch.linalg.cholesky_ex(centred.T @ centred / len(matrix))
+    middle = _mean(matrix).float()
+    scatter = torch.zeros(matrix.shape[1], matrix.shape[1])
+    for part in matrix.split(CHUNK):
+        centred = part.float() - middle
+        scatter += centred.T @ centred
+    factor, failed = torch.linalg.cholesky_ex(scatter / len(matrix))
     if int(failed) or len(matrix) <= matrix.shape[1]:
         return FALLBACK_SPREAD * normal, False
-    return matrix.float().mean(0) + normal @ factor.T, True
+    return middle + normal @ factor.T, True
