@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 def merge(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a merge config (YAML): MergeKit's as it is, or `dialect: "
-                                           "native`; or a run folder, whose branches are merged as its recipe says")],
-    result: Annotated[Path, typer.Argument(metavar="OUT", help="the model folder to make")],
+                                           "native`; several in one file, which may use each other's results by name; or a run "
+                                           "folder, whose branches are merged as its recipe says")],
+    result: Annotated[Path, typer.Argument(metavar="OUT", help="the model folder to make; where all merges of a file have "
+                                           "names, a folder with OUT/NAME for each")],
     dry_run: console.DryRun = False,
     memory: console.Memory = None,
     threads: console.Threads = None,
@@ -28,6 +30,10 @@ def merge(
     max_shard_size: console.Shards = "5GB",
     partial: Annotated[bool, typer.Option("--partial", help="of a run: merge the branches that are there, with weights raised "
                                                             "to sum to one")] = False,
+    intermediates: Annotated[Path | None, typer.Option("--intermediates", "-I", help="of a file of several merges: DIR/NAME "
+                                                       "for each that has a name; what has not changed is not made again"
+                                                       )] = None,
+    keep_intermediates: Annotated[bool, typer.Option("--keep-intermediates", help="leave OUT.intermediates there")] = False,
     allow_unknown_keys: Annotated[bool, typer.Option(help="warn of keys that mean nothing instead of refusing them")] = False,
     allow_mixed: Annotated[bool, typer.Option(help="merge models of different architectures")] = False,
     allow_pickle: Annotated[bool, typer.Option(help="read .bin weights too (weights_only; converted once, into the user's "
@@ -40,28 +46,51 @@ def merge(
     with console.reported(as_json):
         if config.is_dir():
             _only_for_configs({"--seed": seed != 0, "--max-shard-size": max_shard_size != "5GB", "--allow-mixed": allow_mixed,
-                               "--allow-unknown-keys": allow_unknown_keys, "--allow-pickle": allow_pickle})
+                               "--allow-unknown-keys": allow_unknown_keys, "--allow-pickle": allow_pickle,
+                               "--intermediates": intermediates is not None, "--keep-intermediates": keep_intermediates})
             _merge_run(config, result, partial, dry_run, (memory, threads, device, allow_nonfinite), quiet, as_json)
             return
         if partial:
             raise RecipeError(f"--partial merges those branches of a run that are there: give the run folder, not {config}.")
         with console.imports():
-            from anabranch.engine import merging
+            from anabranch.engine import family, merging
 
         options = merging.options_for(seed, max_shard_size, allow_mixed, allow_pickle)
         settings = merging.settings_for(memory, threads, device, allow_nonfinite)
 
         warn = console.warner(quiet, as_json)
+        given: dict[str, Any] = {"options": options, "settings": settings, "warn": warn,
+                                 "allow_unknown_keys": allow_unknown_keys}
+        if family.is_family(config):
+            given |= {"intermediates": intermediates, "keep_intermediates": keep_intermediates}
+            _merge_family(config, result, given, dry_run, quiet, as_json)
+            return
+        if intermediates is not None or keep_intermediates:
+            raise RecipeError(f"--intermediates and --keep-intermediates are for a file of several merges; {config} holds one.")
         if dry_run:
-            lines = merging.forecast(config, result, options=options, settings=settings,
-                                     allow_unknown_keys=allow_unknown_keys, warn=warn)
-            console.plan(lines, quiet, as_json)
+            console.plan(merging.forecast(config, result, **given), quiet, as_json)
             return
         begun = time.monotonic()
         with console.progress("merge", quiet, as_json) as progress:
-            manifest = merging.merge_config(config, result, options=options, settings=settings,
-                                            allow_unknown_keys=allow_unknown_keys, progress=progress, warn=warn)
+            manifest = merging.merge_config(config, result, progress=progress, **given)
         _tell_done(manifest, result, time.monotonic() - begun, quiet, as_json)
+
+
+def _merge_family(config: Path, result: Path, given: dict[str, Any], dry_run: bool, quiet: bool, as_json: bool) -> None:
+    """Several merges of one file."""
+    from anabranch.engine import family
+
+    if dry_run:
+        console.plan(family.forecast_family(config, result, **given), quiet, as_json)
+        return
+    begun = time.monotonic()
+    with console.progress("merge", quiet, as_json) as progress:
+        results = family.merge_family(config, result, progress=progress, **given)
+    if not quiet and not as_json:
+        for one in [r for r in results if r.name is not None]:
+            console.out.print(escape(f"{one.place}: {'made' if one.made else 'unchanged'}, {one.manifest.method}"))
+    if results[-1].name is None or as_json:
+        _tell_done(results[-1].manifest, result, time.monotonic() - begun, quiet, as_json)
 
 
 def _tell_done(manifest: MergeManifest, result: Path, seconds: float, quiet: bool, as_json: bool) -> None:

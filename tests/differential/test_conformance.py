@@ -317,7 +317,7 @@ def test_c14_a_slice_without_its_base_gets_it(models):
 def test_c73_a_file_of_several_merges_is_refused(models):
     (models / "family.yaml").write_text("\n---\n".join(
         yaml.safe_dump({"name": name, "merge_method": "linear", "models": listed(a=1)}) for name in ("linear", "second")))
-    with pytest.raises(AnabranchError, match=r"holds 2 documents \(linear, second\).*a file of its own"):
+    with pytest.raises(AnabranchError, match=r"holds 2 documents \(linear, second\).*are a family: `anabranch merge FILE OUT`"):
         merge_config(models / "family.yaml", models / "out")
 
 

@@ -36,6 +36,7 @@ from anabranch.errors import CorruptedError, ModelError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CHUNK = 1 << 16  # numbers of a product formed at once
+MAGNITUDE = "lora_magnitude_vector"  # of DoRA
 SHOWN = 20
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<kind>\.weight|\.bias)?$")
@@ -94,16 +95,21 @@ class Adapter:
     _file: Any = field(repr=False, compare=False)
 
     @classmethod
-    def open(cls, folder: Path, base: Checkpoint) -> Adapter:
+    def open(cls, folder: Path, base: Checkpoint, *, but_magnitudes: bool = False) -> Adapter:
         """Match every tensor of the adapter with one of the base. Reads headers, and factors no further.
 
+        Args:
+            but_magnitudes: take a DoRA adapter for the plain LoRA inside it; the caller sees to its magnitudes.
         Raises:
             ModelError: no adapter there; one that is no LoRA or needs more than its factors; factors that fit no
                 tensor of the base, or another shape; a quantised base. All problems in one message.
             CorruptedError: a file that cannot be read.
         """
         config, file = _open_files(folder)
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+        if but_magnitudes:
+            config = config | {"use_dora": False}
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())
+                  if not (but_magnitudes and MAGNITUDE in key)}
         problems = _refusals(config, base, shapes)
         if not problems:
             changes, problems = _Matching(config, base, shapes).changes()
@@ -123,6 +129,11 @@ class Adapter:
 
     def touches(self, name: str) -> bool:
         return name in self._changes
+
+    def factor_keys(self, name: str) -> tuple[str, bool] | None:
+        """Where the adapter has factors for a tensor: the key of A in its file, and whether B A is added transposed."""
+        products = self._changes[name].products if name in self._changes else []
+        return (products[0].a, products[0].transposed) if products else None
 
     def folded(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Rows of the folded tensor, float32 [rows, ..], in memory of its own. Rows are of the first dimension, step 1.
@@ -245,7 +256,7 @@ def _refusals(config: Mapping[str, Any], base: Checkpoint, shapes: Mapping[str, 
     if kind != "LORA":
         problems.append(f"{CONFIG}: `peft_type` is {kind!r}, and only LORA can be folded here. {ONCE}")
     problems += [f"{CONFIG}: `{key}` is set: {why}. {ONCE}" for key, why in REFUSED.items() if config.get(key)]
-    if not config.get("use_dora") and any("lora_magnitude_vector" in key for key in shapes):
+    if not config.get("use_dora") and any(MAGNITUDE in key for key in shapes):
         problems.append(f"{WEIGHTS} has DoRA's magnitude vectors: {REFUSED['use_dora']}. {ONCE}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):

@@ -93,7 +93,8 @@ class Checkpoint:
     @classmethod
     def of_file(cls, path: Path) -> Checkpoint:
         """A safetensors file that stands alone, without a config: a sidecar. Raises CorruptedError."""
-        return cls(path.parent, {}, _header_of(path), {path.name: _open_weights(path)})
+        opened = _open_weights(path)  # first: it says what is wrong with a damaged file
+        return cls(path.parent, {}, _header_of(path), {path.name: opened})
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it stands in the file: a view of the mapped file, so copy it before changing it.

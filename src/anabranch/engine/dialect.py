@@ -30,9 +30,11 @@ from anabranch.engine.requirements import check_method
 from anabranch.errors import RecipeError, closest
 from anabranch.merge import METHODS
 from anabranch.recipe import read_documents
+from anabranch.surgery import layer_slices
 
 TOP = ("merge_method", "dialect", "name", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
        "tokenizer_source", "tokenizer", "chat_template")
+OF_PARTS = ("models", "slices", "modules", "parameters", "base_model")
 MODEL = ("model", "parameters", "fisher")
 SOURCE = ("model", "layer_range", "parameters", "fisher")
 SLICE = ("sources", "base_model", "parameters")
@@ -44,7 +46,6 @@ SHORTEST_TEMPLATE = 20
 FOREIGN = {
     "experts": "it makes a mixture of experts (mergekit-moe), which is no merge",
     "gate_mode": "it makes a mixture of experts (mergekit-moe), which is no merge",
-    "layer_slices": "it is of bakllama; here it is `slices:` with `merge_method: passthrough`",
     "genome": "it is of mergekit-evolve, which writes configs and reads other ones",
 }
 SHOWN = 40
@@ -79,15 +80,15 @@ def read_config(text: str, *, source: str = "merge config", folders: Sequence[Pa
     if len(full) > 1:
         names = [str(d["name"]) for d in full if isinstance(d, dict) and "name" in d]
         raise RecipeError(f"{source}: holds {len(full)} documents{' (' + ', '.join(names) + ')' if names else ''}, wanted "
-                          "one. A family of named merges in one file (mergekit-multi) is not supported: put each document "
-                          "into a file of its own, merge them in order, and name the folder of one where the next needs it.")
+                          "one. Several merges in one file (mergekit-multi) are a family: `anabranch merge FILE OUT` makes "
+                          "them all.")
     return config_of(full[0] if full else None, source=source, folders=folders, allow_unknown_keys=allow_unknown_keys)
 
 
 def config_of(value: Any, *, source: str = "merge config", folders: Sequence[Path] | None = None,
               allow_unknown_keys: bool = False) -> MergeConfig:
     """Validate a config that is already a mapping. Raises RecipeError, as `load_config`."""
-    reader = _Reader(tuple(folders or (Path.cwd(),)), allow_unknown_keys)
+    reader = ConfigReader(tuple(folders or (Path.cwd(),)), allow_unknown_keys)
     config = reader.config(value, source)
     if config is None or reader.problems:
         more = len(reader.problems) - SHOWN
@@ -95,7 +96,7 @@ def config_of(value: Any, *, source: str = "merge config", folders: Sequence[Pat
     return config
 
 
-class _Reader:
+class ConfigReader:
     """One pass over a config: what is found, and what is wrong with it."""
 
     def __init__(self, folders: tuple[Path, ...], allow_unknown: bool) -> None:
@@ -115,11 +116,13 @@ class _Reader:
         if foreign:
             self.problems += foreign
             return None
-        self.keys(value, "", TOP)
-        self.method = self._method(value.get("merge_method"))
+        sliced = "layer_slices" in value
+        self.keys(value, "", (*layer_slices.KEYS, *(k for k in TOP if k not in OF_PARTS)) if sliced else TOP)
+        self.method = "passthrough" if sliced else self._method(value.get("merge_method"))
         dialect = self.one_of(value.get("dialect", "mergekit"), "dialect", DIALECTS)
         base = self.maybe(value, "base_model", "", self.reference)
-        modules = self._modules(value)
+        modules: dict[str | None, Part] = ({None: layer_slices.read_layer_slices(self, value)} if sliced
+                                           else self._modules(value))
         parameters = self.parameters(value.get("parameters"), "parameters")
         tokenizer = self._tokenizer(value)
         config = MergeConfig(

@@ -155,6 +155,25 @@ def convert(folder: Path, into: Path) -> Path:
     return done
 
 
+def convert_file(path: Path, into: Path) -> Path:
+    """A pickled file of tensors as a safetensors file below `into`, made once, as `convert` does for a folder. Raises as it."""
+    facts = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+    done = into / f"{path.stem}-{digest(facts)[:16]}.safetensors"
+    if done.is_file():
+        return done
+    partial = into / f".{done.name}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        _write(partial, _unpickle(path))
+        os.replace(partial, done)
+    except OSError as error:
+        raise OutputError(f"cannot write {done}, the safetensors of {path}: {error.strerror or error}. Free space, then run "
+                          "the same command again.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return done
+
+
 def _beside(folder: Path) -> dict[str, Path]:
     """The files that go along, by name."""
     found = {path.relative_to(folder).as_posix(): path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()}

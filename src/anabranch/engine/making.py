@@ -28,7 +28,7 @@ from anabranch.engine.memory import Budget, occupied
 from anabranch.engine.merging import already_there, hash_of, place_for
 from anabranch.engine.output import Done, OutputFolder, existing_parent, vouched_for
 from anabranch.engine.plan import DTYPES, OutputPlan, Step, lay_out, parse_size
-from anabranch.engine.stream import Progress
+from anabranch.engine.stream import Progress, finite
 from anabranch.engine.wanted import COPY, Wanted
 from anabranch.errors import CorruptedError, OutputError, RecipeError, ShapeMismatch
 
@@ -302,7 +302,7 @@ def _written(folder: OutputFolder, step: Step, tensor: Tensor, allow_nonfinite: 
             dtype in TORCH and tensor.is_floating_point() != TORCH[dtype].is_floating_point):
         raise AssertionError(f"tensor '{step.name}': made {tensor.dtype} {tuple(tensor.shape)}, planned {dtype} {shape}")
     rounded = tensor.detach().to("cpu", TORCH[dtype]).contiguous() if dtype in TORCH else tensor.contiguous()
-    if floating and not allow_nonfinite and not bool(torch.isfinite(rounded).all()):
+    if floating and not allow_nonfinite and not finite(rounded):
         whole = bool(torch.isfinite(tensor).all())
         raise CorruptedError(f"tensor '{step.name}': " + (
             f"its numbers are too large for {dtype}. Write the result in bfloat16 or float32." if whole else

@@ -178,7 +178,7 @@ def merge_config(
     if warn is not None:
         for warning in prepared.warnings:
             warn(warning)
-    recorded = _recorded(prepared, text, options)
+    recorded = recorded_of(prepared, text, options)
     if used := [one.label for one in prepared.merge.inputs if out in (one.folder.resolve(), one.adapter)]:
         raise OutputError(f"{out} is one of the models to be merged ({used[0]}). Choose another output folder.")
     if (finished := already_there(out, recorded, prepared.merge.plan)) is not None:
@@ -208,9 +208,9 @@ def forecast(
         for warning in prepared.warnings:
             warn(warning)
     there = []
-    if already_there(out, _recorded(prepared, text, options), prepared.merge.plan) is not None:
+    if already_there(out, recorded_of(prepared, text, options), prepared.merge.plan) is not None:
         there = [f"{out} holds this merge already; nothing would be done"]
-    return _forecast(prepared, settings or Settings(), out) + there
+    return forecast_lines(prepared, settings or Settings(), out) + there
 
 
 def verify(folder: Path | str, *, files_only: bool = False, allow_pickle: bool = False, settings: Settings | None = None,
@@ -290,7 +290,8 @@ def parsed(config: Path | str | Mapping[str, Any], text: str, allow_unknown_keys
     return read_config(text, allow_unknown_keys=allow_unknown_keys)
 
 
-def _recorded(prepared: Prepared, text: str, options: Options) -> dict[str, Any]:
+def recorded_of(prepared: Prepared, text: str, options: Options) -> dict[str, Any]:
+    """The fields of a manifest that say what was asked for."""
     methods = sorted({step.wanted.method for step in prepared.merge.plan.steps if step.merged})
     return {"method": ", ".join(methods) or "copy", "config": text, "seed": options.seed, "dtype": prepared.dtype}
 
@@ -307,7 +308,8 @@ def _changed_inputs(merge: Merge, manifest: MergeManifest, done: Mapping[str, Do
             if found.get(one.label) != one.hash]
 
 
-def _forecast(prepared: Prepared, settings: Settings, out: Path) -> list[str]:
+def forecast_lines(prepared: Prepared, settings: Settings, out: Path) -> list[str]:
+    """What would be read, done and written, for people."""
     merge, plan = prepared.merge, prepared.merge.plan
     memory = memory_for(merge, plan.steps, settings)
     methods: dict[str, int] = {}
@@ -426,8 +428,12 @@ def dtypes_of(checkpoint: Checkpoint) -> str:
 
 def _fingerprint(merge: Merge) -> list[list[Any]]:
     """Tells changed inputs for the journal, without reading them. Never part of an artifact."""
-    folders = [*(one.folder for one in merge.inputs), *(one.adapter for one in merge.inputs if one.adapter)]
+    folders = [*(one.folder for one, opened in zip(merge.inputs, merge.opened, strict=True) if opened.config),
+               *(one.adapter for one in merge.inputs if one.adapter)]
     files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    # A file that stands alone: what lies around it is nobody's business here.
+    alone = [opened for opened in merge.opened if not opened.config]
+    files += sorted({opened.folder / info.file for opened in alone for info in opened.tensors.values()})
     files += [path for paths in merge.companions.values() for path in paths]
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
