@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from anabranch.engine.adapter import Adapter
 from anabranch.engine.checkpoint import Checkpoint
+from anabranch.engine.merging import merge_config
 from anabranch.errors import CorruptedError, ModelError
+from tiny_checkpoints import write_adapter, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -384,3 +386,21 @@ def test_damaged_files(copied):
     (folder / "adapter_config.json").write_text("{}")
     weights.rename(folder / "adapter_model.bin")
     assert "pickled" in refusal(base, folder)
+
+
+@pytest.mark.parametrize("how", ["models", "slices", "layer_slices", "linear"])
+def test_what_a_merge_takes_over_byte_for_byte_has_its_adapter_too(how, tmp_path):
+    """A copy of the file's bytes would lose the adapter without a word."""
+    model, adapter = write_checkpoint(tmp_path / "model", dtype=torch.float32), write_adapter(tmp_path / "adapter", layers=2)
+    folded, source = f"{model}+{adapter}", {"model": f"{model}+{adapter}", "layer_range": [0, 2]}
+    config = {"models": {"merge_method": "passthrough", "models": [{"model": folded}]},
+              "slices": {"merge_method": "passthrough", "slices": [{"sources": [source]}]},
+              "layer_slices": {"layer_slices": [{"model": folded, "start": 0, "end": 2}]},
+              "linear": {"merge_method": "linear", "models": [{"model": folded, "parameters": {"weight": 1.0}}]}}[how]
+    merge_config(config, tmp_path / "out")
+    opened = Checkpoint.open(model)
+    wanted = Adapter.open(adapter, opened)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    changed = [name for name in made if not made[name].equal(opened.read(name))]
+    assert changed == sorted(wanted.names) and len(changed) == 2
+    assert all(made[name].equal(wanted.folded(name)) for name in changed)

@@ -8,7 +8,7 @@ where inputs do not line up stands at the head of `holders`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from anabranch.engine.reference import Reference
 from anabranch.engine.requirements import Stretch, roles_of, stretches
 from anabranch.engine.sidecars import sidecar_problems
 from anabranch.engine.values import Findings, Values
-from anabranch.engine.wanted import COPY, Wanted
+from anabranch.engine.wanted import COPY, Source, Wanted
 from anabranch.errors import closest
 from anabranch.merge import METHODS, fitting
 
@@ -51,18 +51,19 @@ class Assembly:
 
 
 def assemble(config: MergeConfig, inputs: Sequence[Checkpoint], layouts: Sequence[Layout], *, rows: int | None = None,
-             allow_mixed: bool = False) -> Assembly:
+             allow_mixed: bool = False, folded: Collection[Source] = ()) -> Assembly:
     """Line up the tensors of all inputs and say how each tensor of the result is made.
 
     Args:
         inputs, layouts: of `config.models`, in that order.
         rows: of the merged embeddings, from the tokenizer plan; None: without one.
         allow_mixed: models of different architectures are warned of, not refused.
+        folded: tensors that an adapter changes: never taken over byte for byte.
     Raises:
         RecipeError, ShapeMismatch, ModelError: every problem found, in one message. The class is that of the problems
             where all are of one kind, else RecipeError.
     """
-    planner = _Planner(config, inputs, layouts, rows)
+    planner = _Planner(config, inputs, layouts, rows, frozenset(folded))
     planner.check_inputs(allow_mixed)
     planner.findings.stop()
     planner.settle_modules()
@@ -81,8 +82,8 @@ class _Planner:
     """One call of `assemble`."""
 
     def __init__(self, config: MergeConfig, inputs: Sequence[Checkpoint], layouts: Sequence[Layout],
-                 rows: int | None) -> None:
-        self.config, self.inputs, self.layouts, self.rows = config, inputs, layouts, rows
+                 rows: int | None, folded: frozenset[Source]) -> None:
+        self.config, self.inputs, self.layouts, self.rows, self.folded = config, inputs, layouts, rows, folded
         self.method = METHODS[config.method]
         self.numbers = {reference: i for i, reference in enumerate(config.models)}
         self.index = [Index.of(layout) for layout in layouts]
@@ -302,8 +303,8 @@ class _Planner:
                       spot.depth, embedding)
 
     def _copied(self, spot: Spot, found: Found, shape: tuple[int, ...], dtype: str, embedding: bool) -> Wanted:
-        """A float tensor taken over: byte for byte, unless its dtype or its rows change."""
-        plain = found.info.dtype == dtype and not (embedding and self.rows is not None)
+        """A float tensor taken over: byte for byte, unless its dtype or its rows change, or an adapter does."""
+        plain = found.info.dtype == dtype and not (embedding and self.rows is not None) and found.source not in self.folded
         return Wanted(spot.name, shape, COPY if plain else "passthrough", (found.source,), None, None,
                       () if plain else (("scale", 1.0),), dtype, spot.depth, embedding)
 

@@ -69,7 +69,8 @@ def prepare(config: MergeConfig, text: str, options: Options) -> Prepared:
     donor = config.models.index(config.donor)
     template = chat_templates.choose_chat_template(config.chat_template, [c.folder for c in opened], [i.label for i in inputs])
     tokens = _tokens(config, opened, layouts, inputs, template.text if template else None)
-    assembly = assemble(config, opened[:count], layouts, rows=tokens.size if tokens else None, allow_mixed=options.allow_mixed)
+    assembly = assemble(config, opened[:count], layouts, rows=tokens.size if tokens else None, allow_mixed=options.allow_mixed,
+                        folded={Source(i, name) for i, adapter in adapters.items() for name in adapter.names})
     warnings += [*assembly.warnings, *(tokens.warnings if tokens else [])]
     readers = _readers(assembly.wanted, opened, adapters, tokens)
     plan = lay_out(assembly.wanted, options.max_shard_size, opened[donor].stem)
