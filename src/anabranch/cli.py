@@ -19,7 +19,19 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from anabranch import cli_diagnose, cli_merge, cli_mergeability, cli_pilot, cli_work, exit_codes
+from anabranch import (
+    cli_diagnose,
+    cli_experts,
+    cli_lora,
+    cli_merge,
+    cli_mergeability,
+    cli_pilot,
+    cli_search,
+    cli_surgery,
+    cli_vocabulary,
+    cli_work,
+    exit_codes,
+)
 from anabranch.errors import AnabranchError, OutputError, Preempted, RecipeError, printable
 
 app = typer.Typer(
@@ -110,13 +122,16 @@ def _stage(name: str | None, option: str) -> str | None:
     return name
 
 
-for command in (cli_merge.merge, cli_merge.verify, cli_merge.methods, cli_diagnose.diagnose, cli_pilot.pilot, cli_work.work,
-                cli_work.status, cli_work.export):
+for command in (cli_merge.merge, cli_merge.verify, cli_merge.methods, cli_vocabulary.vocabulary, cli_search.search,
+                cli_surgery.tensors, cli_surgery.shuffle, cli_surgery.fill, cli_diagnose.diagnose, cli_pilot.pilot,
+                cli_work.work, cli_work.status, cli_work.export):
     app.command()(command)
 app.command("train-branch")(cli_work.train_branch)
 app.command("add-branch")(cli_work.add_branch)
 app.command(hidden=True)(cli_work.perform)
 app.command("pilot-arms", hidden=True)(cli_pilot.pilot_arms)
+app.add_typer(cli_lora.app, name="lora")
+app.add_typer(cli_experts.app)
 app.add_typer(cli_mergeability.app)
 
 
