@@ -45,7 +45,8 @@ def test_every_command_in_readme_exists_and_takes_these_options():
     for _, name, *arguments in lines:
         command = commands[name]
         while hasattr(command, "commands"):  # a group of commands
-            command = command.commands[arguments.pop(0)]
+            named = arguments[0] in command.commands  # `experts CONFIG OUT` is `experts build CONFIG OUT`
+            command = command.commands[arguments.pop(0) if named else {"experts": "build"}[name]]
         options = {o for p in command.params for o in p.opts}
         assert {a for a in arguments if a.startswith("--")} <= options, (name, arguments)
         if "--methods" in arguments:
@@ -134,7 +135,8 @@ def test_merge_configs_of_readme_run(text, models):
     (models / "config.yaml").write_text(text)
     lines = [line.split("#")[0].split() for _, block in BLOCKS for line in block.splitlines()
              if re.match(r"anabranch (merge|verify|methods)\b", line) and "cuda" not in line
-             and not line.startswith("anabranch merge run ")]  # of a run's branches: tests/pipeline/test_partial.py
+             and not line.startswith("anabranch merge run ")  # of a run's branches: tests/pipeline/test_partial.py
+             and "family.yaml" not in line]  # tests/formats/test_examples_surgery.py
     assert len(lines) >= 6
     for number, (_, *arguments) in enumerate(lines):
         if arguments[0] == "merge":
@@ -187,3 +189,49 @@ def test_the_figures_of_runs_anywhere_are_those_of_the_records():
     anywhere = json.loads((ROOT / "benchmarks/results/anywhere.json").read_text())
     assert set(anywhere["engines"]) == {"local", "s3", "ray", "slurm"}
     assert not any(anywhere["differs_from_the_first_in"].values())
+
+
+# ------------------------------------------------------------------------------------------------------------- surgery
+
+
+def _record(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def surgery_rows() -> list[str]:
+    """README's table of what the other verbs brought, made of the benchmarks' records."""
+    arms = {a["arm"]: a for a in _record("experts")["p3"]["arms"]}
+    mixture = min((a for a in arms.values() if a["arm"].startswith("experts")), key=lambda a: a["loss"])
+    branch = min(a["loss"] for a in arms.values() if a["arm"].startswith("branch"))
+    merges = {(r["merge"], r["rank"]): r["loss"] for r in _record("lora_merge_loss")["rows"]}
+    adapter = min(loss for (name, _), loss in merges.items() if name.startswith("adapter"))
+    outcome = _record("search")["outcome"]
+    scores = {s["name"]: s["guard"] for s in outcome["scores"]}
+    model = min(loss for name, loss in scores.items() if name.startswith("model"))
+    even = "task_arithmetic {'weight': 0.25} core"
+    return [
+        f"| experts: the best of {sum(a.startswith('experts') for a in arms)} mixtures, {mixture['active'] / 1e6:.2f}M "
+        f"parameters active | {arms['base']['loss']:.3f} | {branch:.3f} | {arms['token-weighted merge']['loss']:.3f} "
+        f"| {mixture['loss']:.3f} |",
+        f"| search: {outcome['budget']} candidates of CMA-ES over {len(outcome['dimensions'])} weights, rows never searched "
+        f"(random search: {scores['best of random search']:.3f}) | {scores['base']:.3f} | {model:.3f} "
+        f"| {scores['token-weighted merge']:.3f} | {scores['best']:.3f} |",
+        f"| adapters of rank 16, merged evenly and cut to rank 16 (PEFT's `svd` {merges['PEFT svd', 16]:.3f}, its `linear` "
+        f"{merges['PEFT linear', 16]:.3f}) | {merges['base', 0]:.3f} | {adapter:.3f} | {merges[even, 64]:.3f} "
+        f"| {merges[even, 16]:.3f} |"]
+
+
+def vocabulary_words() -> str:
+    donors = _record("vocabulary")["donors"]
+    ranked = {name: {one["name"]: one["nats_per_byte"] for one in donor["ranked"]} for name, donor in donors.items()}
+    assert all(donor["ranked"][0]["name"] == "composed" for donor in donors.values())
+    before = donors["bpe-8192"]["before"]["nats_per_byte"]
+    told = "; ".join(f"{name} {r['composed']:.2f} ({r['omp']:.2f})" for name, r in ranked.items())
+    return (f"Another tokenizer raised the loss from {before:.2f} nats per byte, with `composed` (and MergeKit's default, `omp`), "
+            f"to: {told}.")
+
+
+def test_the_figures_of_surgery_are_those_of_the_records():
+    for row in surgery_rows():
+        assert row in README
+    assert vocabulary_words() in " ".join(README.split())
