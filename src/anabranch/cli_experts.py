@@ -36,7 +36,10 @@ Prompts = Annotated[Path | None, typer.Option(help="texts on which routing is me
                                                    "config's")]
 Text = Annotated[Path | None, typer.Option("--calibrate", help="unlabelled texts (.txt, .jsonl) on which router rows, and "
                                                                "nothing else, are trained")]
-Steps = Annotated[int, typer.Option(help="of calibration, 8 texts each", min=1, max=100_000)]
+Steps = Annotated[int | None, typer.Option(help="of calibration, 8 texts each; 30 if not given", min=1, max=100_000)]
+Rate = Annotated[float | None, typer.Option(help="of calibration; 0.01 if not given", min=0.0)]
+Balance = Annotated[float | None, typer.Option(help="of calibration: weight of spreading tokens evenly; 0.01 if not given",
+                                               min=0.0)]
 Pickle = Annotated[bool, typer.Option(help="read .bin weights too (weights_only)")]
 
 
@@ -47,9 +50,9 @@ def build(
     dry_run: console.DryRun = False,
     prompts: Prompts = None,
     calibrate: Text = None,
-    steps: Steps = 30,
-    learning_rate: Annotated[float, typer.Option(help="of calibration", min=0.0)] = 0.01,
-    balance: Annotated[float, typer.Option(help="of calibration: weight of spreading tokens evenly", min=0.0)] = 0.01,
+    steps: Steps = None,
+    learning_rate: Rate = None,
+    balance: Balance = None,
     seed: Seed = 0,
     untrained: Annotated[bool, typer.Option("--i-understand-this-is-not-useful-without-training",
                                             help="make experts that are all one model")] = False,
@@ -66,7 +69,13 @@ def build(
         with console.imports():
             from anabranch.experts import build as building
 
-        options = building.Options(seed, prompts, calibrate, steps, learning_rate, balance, untrained, allow_pickle)
+        asked = {"steps": steps, "learning_rate": learning_rate, "balance": balance}
+        given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+        if given and calibrate is None:
+            raise RecipeError(f"{', '.join('--' + key.replace('_', '-') for key in given)}: of a calibration, and none is "
+                              "asked for. Give --calibrate TEXTS too.")
+        options = building.Options(seed=seed, prompts=prompts, calibration=calibrate, untrained=untrained,
+                                   allow_pickle=allow_pickle, **given)
         warn = console.warner(quiet, as_json)
         if dry_run:
             console.plan(building.forecast_experts(config, result, options, max_shard_size=max_shard_size, threads=threads,
@@ -94,7 +103,8 @@ def _tell_built(manifest: MergeManifest, result: Path, seconds: float, quiet: bo
     if "calibration" in report:
         said = report["calibration"]
         console.out.print(f"calibration: {said['steps']} steps, next-token loss {said['loss_before']} -> {said['loss_after']} "
-                          "on texts kept out of it")
+                          f"on {said['measured']} texts" + (" kept out of it" if said["held_out"] else
+                                                            ", the same that it was trained on"))
     total, active = (report["parameters"][key] for key in ("all", "active"))
     console.out.print(escape(f"{result}: {report['layout']}, {total:,} parameters, of which a token passes {active:,}, in "
                              f"{manifest.dtype}, {seconds:.1f} s"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -95,6 +96,8 @@ def shuffle(
         text = merging.text_of(config)
         if print_config:
             console.line("config", text=text) if as_json else print(text, end="")
+        if write_config is not None:
+            _check_config_place(text, write_config)
         warn = console.warner(quiet, as_json)
         begun = time.monotonic()
         if dry_run:
@@ -178,15 +181,21 @@ def _layers_of(model: str, allow_pickle: bool) -> int:
     return next(iter(counts.values()))
 
 
-def _keep_config(text: str, place: Path) -> None:
-    try:
-        with open(place, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
+def _check_config_place(text: str, place: Path) -> None:
+    """Before the work. Raises OutputError for a place that holds something else, or lies in no folder."""
+    if os.path.lexists(place):
         if not place.is_file() or place.read_text(encoding="utf-8", errors="replace") != text:
-            raise OutputError(f"--write-config {place}: is already there, and is something else. Give another name.") from None
-    except OSError as error:
-        raise OutputError(f"--write-config {place}: cannot be written ({error.strerror}).") from error
+            raise OutputError(f"--write-config {place}: is already there, and is something else. Give another name.")
+    elif not place.absolute().parent.is_dir():
+        raise OutputError(f"--write-config {place}: there is no folder {place.absolute().parent}.")
+
+
+def _keep_config(text: str, place: Path) -> None:
+    from anabranch.artifacts import write_atomically
+
+    _check_config_place(text, place)
+    if not place.exists():
+        write_atomically(place, text.encode())
 
 
 def _tell_done(manifest: MergeManifest, result: Path, begun: float, quiet: bool, as_json: bool, more: str = "") -> None:

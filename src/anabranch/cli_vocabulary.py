@@ -63,14 +63,14 @@ def vocabulary(
     """Give MODEL the tokenizer of DONOR: shared tokens keep their rows, all others are made."""
     with console.reported(as_json):
         compare = compare or method == "all"
-        _check(result, text, compare, dry_run)
+        _check(result, text, column, compare, dry_run)
         with console.imports():
             from anabranch.transplant import moving
             from anabranch.transplant.matrix import Settings
 
         chosen: dict[str, Any] = {  # words that Settings checks
-            "method": "composed" if method == "all" else method, "weight_scheme": weight_scheme, "subword_method": subword_method,
-            "prefix_match": prefix_match, "byte_match": byte_match}
+            "method": "composed" if method == "all" else method, "weight_scheme": weight_scheme,
+            "subword_method": subword_method, "prefix_match": prefix_match, "byte_match": byte_match}
         settings = Settings(k=k, cosine=cosine, batch_size=batch_size, magikarp=magikarp, noise=noise, scale=scale, seed=seed,
                             **chosen)
         warn = console.warner(quiet, as_json)
@@ -79,11 +79,11 @@ def vocabulary(
             _compare(model, donor, text, column, max_bytes, settings, quiet, as_json)
             return
         assert result is not None
+        texts = None if text is None else _texts(text, column)
         if dry_run:
             console.plan(moving.forecast_transplant(model, donor, result, settings, max_shard_size=max_shard_size,
                                                     threads=threads, memory=memory, warn=warn), quiet, as_json)
             return
-        texts = None if text is None else _texts(text, column)
         begun = time.monotonic()
         with console.progress("vocabulary", quiet, as_json) as progress:
             manifest, transplant = moving.transplant_vocabulary(
@@ -94,7 +94,7 @@ def vocabulary(
                    time.monotonic() - begun, quiet, as_json)
 
 
-def _check(result: Path | None, text: Path | None, compare: bool, dry_run: bool) -> None:
+def _check(result: Path | None, text: Path | None, column: str | None, compare: bool, dry_run: bool) -> None:
     """Raises RecipeError for options that do not go together."""
     problems = []
     if compare and text is None:
@@ -103,6 +103,8 @@ def _check(result: Path | None, text: Path | None, compare: bool, dry_run: bool)
         problems.append(f"--compare writes no model: leave {result} out, and make it with the method that you choose")
     if compare and dry_run:
         problems.append("--compare writes nothing, so that there is nothing to forecast: leave --dry-run out")
+    if column is not None and text is None:
+        problems.append("--column names a column of held-out text: give that with --text")
     if not compare and result is None:
         problems.append("OUT is missing: the model folder to make")
     if problems:

@@ -227,8 +227,8 @@ def vocabulary_words() -> str:
     assert all(donor["ranked"][0]["name"] == "composed" for donor in donors.values())
     before = donors["bpe-8192"]["before"]["nats_per_byte"]
     told = "; ".join(f"{name} {r['composed']:.2f} ({r['omp']:.2f})" for name, r in ranked.items())
-    return (f"Another tokenizer raised the loss from {before:.2f} nats per byte, with `composed` (and MergeKit's default, `omp`), "
-            f"to: {told}.")
+    return (f"Another tokenizer raised the loss from {before:.2f} nats per byte, with `composed` (and MergeKit's default, "
+            f"`omp`), to: {told}.")
 
 
 def test_the_figures_of_surgery_are_those_of_the_records():

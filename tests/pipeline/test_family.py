@@ -272,6 +272,92 @@ def test_intermediates_of_others_are_left_alone(here):
     assert verify(here / "kept" / "linear") == [] and not (here / "out").exists() and not (here / "kept" / "second").exists()
 
 
+def test_what_a_user_put_into_a_result_is_never_removed(here):
+    """An outdated result is replaced only where it holds nothing but what a merge wrote, however deep and hidden."""
+    write_family(here, linear("a", "b", name="x"), linear("x", "c"))
+    merge_family("family.yaml", "out", intermediates="kept")
+    for name in ("eval/log.txt", ".git/config", "model-mine.safetensors"):
+        mine = here / "kept" / "x" / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        write_family(here, linear("b", "a", name="x"), linear("x", "c"))
+        with pytest.raises(OutputError, match=f"(?s)holds what no merge put there.*{name}"):
+            merge_family("family.yaml", "other", intermediates="kept")
+        assert mine.read_text() == "mine" and not (here / "other").exists()
+        mine.unlink()
+    (here / "kept" / "x.replaced").mkdir()
+    merge_family("family.yaml", "other", intermediates="kept")  # empty folders are no files
+    assert sorted(p.name for p in (here / "kept").iterdir()) == ["x", "x.replaced"]
+
+
+def test_intermediates_with_files_of_the_user_stay(here):
+    write_family(here, linear("a", "b", name="x"), linear("x", "c", name="y"), linear("x", "y"))
+    merge_family("family.yaml", "out", keep_intermediates=True)
+    (here / "out.intermediates" / "x" / ".notes").write_text("mine")
+    shutil.rmtree(here / "out")
+    merge_family("family.yaml", "out")
+    assert [p.name for p in (here / "out.intermediates").iterdir()] == ["x"]
+    assert (here / "out.intermediates" / "x" / ".notes").read_text() == "mine"
+
+
+def test_a_link_is_used_and_not_replaced(here):
+    write_family(here, linear("a", "b", name="x"), linear("x", "c"))
+    merge_family("family.yaml", "out", intermediates="kept")
+    shutil.move(here / "kept" / "x", here / "elsewhere")
+    (here / "kept" / "x").symlink_to(here / "elsewhere")
+    assert made_by(merge_family("family.yaml", "out", intermediates="kept", warn=None)) == {"x": False, None: False}
+    write_family(here, linear("b", "a", name="x"), linear("x", "c"))
+    with pytest.raises(OutputError, match="is a link"):
+        merge_family("family.yaml", "other", intermediates="kept")
+    assert (here / "kept" / "x").is_symlink() and (here / "elsewhere" / "model.safetensors").is_file()
+
+
+def test_a_model_inside_a_result_is_not_removed_with_it(here):
+    write_family(here, linear("a", "b", name="x"), linear("x", "c"))
+    merge_family("family.yaml", "out", intermediates="kept")
+    shutil.copytree(here / "c", here / "kept" / "x" / "inner")
+    write_family(here, linear("b", "a", name="x"), linear("x", "kept/x/inner"))
+    with pytest.raises(OutputError, match="these models would be replaced"):
+        merge_family("family.yaml", "other", intermediates="kept")
+    assert (here / "kept" / "x" / "inner" / "config.json").is_file()
+
+
+def test_killed_while_an_outdated_result_is_removed(here, monkeypatch):
+    """Nothing half removed has a result's name, and the next call clears it away."""
+    def killed():
+        raise KeyboardInterrupt
+
+    write_family(here, linear("a", "b", name="x"), linear("x", "c"))
+    for change, keep in (("other", True), ("third", False)):  # while it is replaced, and while it is removed at the end
+        merge_family("family.yaml", "out", keep_intermediates=True)
+        write_family(here, linear("b", "a", name="x", parameters={"normalize": change == "other"}), linear("x", "c"))
+        shutil.rmtree(here / "out")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shutil, "rmtree", lambda p, *_, **__: killed() if "replaced" in str(p) and Path(p).exists() else None)
+            merge_family("family.yaml", "out", keep_intermediates=keep)
+        root = here / "out.intermediates"
+        assert [p.name for p in root.iterdir() if p.is_dir()] == [".x.anabranch-replaced"]
+        shutil.rmtree(here / "out", ignore_errors=True)
+        merge_family("family.yaml", "out", keep_intermediates=True)
+        assert [p.name for p in root.iterdir()] == ["x"]
+        shutil.rmtree(here / "out")
+
+
+def test_what_another_call_made_meanwhile_is_not_made_again(here, monkeypatch):
+    """Between a call's first look and its lock."""
+    write_family(here, linear("a", "b", name="x"), linear("x", "c"))
+    held = families._held
+
+    def late(root, needed):
+        with monkeypatch.context() as patch:
+            patch.setattr(families, "_held", held)
+            merge_family("family.yaml", "first", intermediates="kept")
+        return held(root, needed)
+
+    monkeypatch.setattr(families, "_held", late)
+    assert made_by(merge_family("family.yaml", "second", intermediates="kept")) == {"x": False, None: True}
+
+
 def test_a_folder_of_results_that_holds_something_else(here):
     write_family(here, linear("a", name="x"), linear("x", name="y"))
     (here / "out").mkdir()

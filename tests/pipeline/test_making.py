@@ -63,6 +63,44 @@ def test_the_same_again_is_nothing_and_something_else_is_refused(tmp_path, origi
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_two_inputs_of_one_name_and_a_changed_file_beside_the_weights(tmp_path, origin):
+    inputs = [Read("origin", origin, ["a"]), Read("origin", origin, ["b"])]
+    made = [copied(origin, "n")]
+    files = {"config.json": origin.folder / "config.json", "README.md": b"one"}
+
+    def again(files):
+        return make_model(tmp_path / "out", made, files, inputs, verb="test", settings={})
+
+    first = again(files)
+    assert again(files).hash == first.hash
+    assert again(files | {"README.md": b"two"}).hash == first.hash  # for people, who may change it
+    with pytest.raises(OutputError, match=r"(?s)other inputs.*tokenizer.json"):
+        again(files | {"tokenizer.json": b"{}"})
+    (origin.folder / "config.json").write_text('{"eos_token_id": 3}')
+    with pytest.raises(OutputError, match=r"(?s)other inputs.*config.json: would be another file"):
+        again(files)
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
+
+
+def test_an_input_that_is_changed_while_it_is_read(tmp_path, origin):
+    def make_and_spoil():
+        tensors = load_file(origin.folder / "model.safetensors")
+        result = origin.read("a").clone()
+        save_file(tensors | {"a": tensors["a"] + 1}, origin.folder / "model.safetensors")
+        return {"a": result}
+
+    with pytest.raises(CorruptedError, match="changed while it was read"):
+        make(tmp_path / "out", origin, [Made({"a": ((3, 4), "F32")}, make_and_spoil)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["origin"]
+
+
+def test_progress_counts_bytes_once(tmp_path, origin):
+    told = []
+    make(tmp_path / "out", origin, progress=told.append)
+    assert [(p.done, p.total) for p in told][-1] == (24 + 4 + 20 + 32,) * 2 and told[-1].tensors == 4
+    assert sorted(p.done for p in told) == [p.done for p in told]
+
+
 def test_threads_shards_and_order_do_not_show(tmp_path, origin):
     made = [copied(origin, "n"), copied(origin, "b"), doubled(origin)]
     make(tmp_path / "one", origin, made, threads=1)

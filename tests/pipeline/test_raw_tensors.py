@@ -190,6 +190,16 @@ def test_c78_union_with_a_base(uneven):
     assert got["only_base"].equal(torch.full((2,), 7.0)) and got["only_b"].equal(torch.full((3,), 3.0))  # 1 + 0.5 (5 - 1)
 
 
+def test_union_with_too_few_for_the_method_carries_the_base_and_says_so(uneven):
+    told: list[str] = []
+    save_file({k: v for k, v in load_file("a.safetensors").items() if k != "only_a"}, "a.safetensors")
+    merge_tensors(config("model_stock", listed(a=None, b=None), base_model="base.safetensors", dtype="float32"), "out",
+                  missing="union", warn=told.append)
+    assert tensors_of(uneven / "out")["only_b"].equal(torch.full((3,), 1.0))  # the base's, not b's 5
+    about = [line for line in told if "'only_b'" in line]
+    assert len(about) == 1 and "needs 2 models, and only 1 has it: carried over from base.safetensors" in about[0]
+
+
 def test_union_without_a_base_to_differ_from(uneven):
     with pytest.raises(ShapeMismatch, match=r"'only_a': b.safetensors, base.safetensors \(the base\) lack it, so there is"):
         merge_tensors(config("task_arithmetic", listed(a=0.5, b=0.5), base_model="base.safetensors"), "out", missing="union")
@@ -246,6 +256,37 @@ def test_a_single_file_after_a_kill(here, monkeypatch):
     assert {p.name for p in here.iterdir()} == left  # a dry run takes nothing away
     merge_tensors(config("linear", listed(a=1, b=3), dtype="float32"), "out.safetensors")
     assert_is(load_file("out.safetensors")["w"], (numbers("a")["w"] + 3 * numbers("b")["w"]) / 4)
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(here, monkeypatch):
+    asked, whole = config("linear", listed(a=1, b=1), dtype="float32"), raw.write
+
+    def slow(*arguments):
+        made = whole(*arguments)
+        (here / "out.safetensors").write_text("mine")
+        return made
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="has appeared"):
+        patch.setattr(raw, "write", slow)
+        merge_tensors(asked, "out.safetensors")
+    assert (here / "out.safetensors").read_text() == "mine"
+    (here / "out.safetensors").unlink()
+    merge_tensors(asked, "out.safetensors")  # the finished merge is taken
+    assert not (here / ".out.safetensors.made").exists()
+
+
+def test_killed_after_a_single_file_was_taken_out(here, monkeypatch):
+    asked = config("linear", listed(a=1, b=1), dtype="float32")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(raw.shutil, "rmtree", killed)
+        merge_tensors(asked, "out.safetensors")
+    assert (here / "out.safetensors").is_file() and (here / ".out.safetensors.made").is_dir()
+    merge_tensors(asked, "out.safetensors", warn=None)
+    assert not (here / ".out.safetensors.made").exists()
 
 
 def test_goes_on_after_a_kill_whatever_else_appears_beside_its_inputs(here, monkeypatch):

@@ -90,7 +90,8 @@ def test_full_random_draws_from_all_layers():
 def test_the_seed_decides_and_nothing_else():
     one, again, other = (shuffled_config(["x", "y"], [40, 40], [1, 1], seed=s) for s in (1, 1, 2))
     assert one == again != other
-    assert picked(shuffled_config(["x", "y"], [40, 40], [2, 2], seed=1)) == picked(one)  # chances are in proportion
+    for weights in ([2, 2], [1e308, 1e308]):  # chances are in proportion
+        assert picked(shuffled_config(["x", "y"], [40, 40], weights, seed=1)) == picked(one)
 
 
 @pytest.mark.parametrize(("models", "layers", "weights", "full", "kind", "says"), [
@@ -99,6 +100,8 @@ def test_the_seed_decides_and_nothing_else():
     (["x", "y"], [2, 2], [0, 0], False, RecipeError, "all weights are 0"),
     (["x", "y"], [2, 2], [-1, float("nan")], False, RecipeError, "weight -1"),
     (["x", "y"], [2, 2], [0.3, 0.3], True, RecipeError, "no layer is taken"),
+    (["x", "y"], [2, 2], [1e308, 1e308], True, RecipeError, "more than 10,000 layers"),
+    (["x", "y"], [2, 2], [5001, 0], True, RecipeError, "more than 10,000 layers"),
     (["x", "y"], [2, 3], [1, 1], False, ShapeMismatch, "x has 2, y has 3"),
 ])
 def test_lots_that_cannot_be_drawn(models, layers, weights, full, kind, says):
@@ -133,6 +136,10 @@ def test_a_dry_run_keeps_the_config_alone(here):
     assert "tensors: 51 (51 copied)" in text and {p.name for p in here.iterdir()} == {"a", "b", "c", "drawn.yaml"}
     with pytest.raises(OutputError, match="is something else"):
         run("shuffle", "out", "-m", "a", "-m", "c", "-w", "1", "-w", "1", "--dry-run", "--write-config", "drawn.yaml")
+    for place, says in (("drawn.yaml", "is something else"), ("none/drawn.yaml", "there is no folder")):
+        with pytest.raises(OutputError, match=says):  # before the work
+            run("shuffle", "out", "-m", "a", "-m", "c", "-w", "1", "-w", "1", "--write-config", place)
+    assert {p.name for p in here.iterdir()} == {"a", "b", "c", "drawn.yaml"}
 
 
 def test_a_shuffled_dtype_and_an_adapter(here):

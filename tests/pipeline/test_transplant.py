@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import typer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
 from anabranch.cli_vocabulary import vocabulary
-from anabranch.errors import AnabranchError, MixtureError, ModelError, RecipeError
+from anabranch.errors import AnabranchError, CorruptedError, MixtureError, ModelError, OutputError, RecipeError
 from anabranch.surgery.vocabulary import read_vocabulary
 from anabranch.transplant import matching
 from anabranch.transplant.matrix import METHODS, Settings
@@ -456,6 +456,60 @@ def test_a_head_padded_as_the_embedding_is_found(made, tmp_path):
     assert plan.matrix_names() == {"embed": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
 
 
+def resized(model, out, **rows):
+    """A copy whose embedding or head has other rows than config.json says."""
+    shutil.copytree(model, out)
+    for path in out.glob("*.safetensors"):
+        found = load_file(path)
+        for name, count in rows.items():
+            for full in [n for n in found if n.split(".")[-2] == name]:
+                matrix = found[full]
+                found[full] = torch.cat([matrix, matrix[: max(count - len(matrix), 0)]])[:count].contiguous()
+        save_file(found, path, metadata={"format": "pt"})
+    return out
+
+
+def test_rows_of_head_and_embedding_that_differ(made, tmp_path):
+    """A padded embedding is no trouble; a head whose rows cannot be told is refused, not copied as it stands."""
+    padded = resized(made / "untied", tmp_path / "padded", embed_tokens=368)
+    for magikarp in (False, True):
+        settings = Settings(method="omp", k=4, magikarp=magikarp)
+        assert opened(str(padded), str(made / "donor-tied"), settings).matrix_names()["lm_head"] == "lm_head.weight"
+        opened(str(made / "tied"), str(padded), settings)
+    for rows in (350, 368):
+        odd = resized(made / "untied", tmp_path / f"odd-{rows}", lm_head=rows)
+        for pair in ((odd, made / "donor-tied"), (made / "tied", odd)):
+            with pytest.raises(ModelError, match=f"lm_head.weight has {rows} rows"):
+                opened(*map(str, pair), Settings(method="omp", k=4))
+
+
+@pytest.mark.parametrize("method", ["omp", "stb", "focus", "ridge", "common_interpolation"])
+def test_numbers_that_are_none_are_refused_by_whose_they_are(made, tmp_path, method):
+    broken = shutil.copytree(made / "donor-tied", tmp_path / "broken")
+    found = load_file(broken / "model.safetensors")
+    found["model.embed_tokens.weight"][100] = float("nan")
+    save_file(found, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptedError, match="the donor's embedding holds NaN"):
+        transplant_vocabulary(str(made / "tied"), str(broken), tmp_path / "out", Settings(method=method, k=4))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
+
+
+def test_changed_configs_and_a_models_own_code(made, tmp_path):
+    """Config files of both decide the result too; a model's code comes along, and is not run."""
+    model, donor = (shutil.copytree(made / name, tmp_path / name) for name in ("untied", "donor-untied"))
+    (model / "modeling_own.py").write_text("raise SystemExit\n")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}))
+    settings = Settings(method="omp", k=4)
+    transplant_vocabulary(str(model), str(donor), tmp_path / "out", settings)
+    assert (tmp_path / "out" / "modeling_own.py").read_text() == "raise SystemExit\n"
+    transplant_vocabulary(str(model), str(donor), tmp_path / "out", settings)
+    config = json.loads((donor / "config.json").read_text())
+    (donor / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    with pytest.raises(OutputError, match=r"(?s)of other inputs.*config.json"):
+        transplant_vocabulary(str(model), str(donor), tmp_path / "out", settings)
+
+
 def test_there_and_back_is_the_same_model_where_both_have_the_same_tokens(made, tmp_path):
     """Only the numbers of the tokens differ: a permutation, and its inverse."""
     content = json.loads((made / "tied" / "tokenizer.json").read_text())
@@ -636,7 +690,8 @@ def test_command(made, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ((), "OUT is missing"), (("out", "--compare"), r"(?s)--text.*writes no model"), (("--compare", "--dry-run"), "--dry-run"),
-    (("out", "-a", "mp_rope"), "Use omp"), (("out", "--text", "none.txt"), "cannot be read")])
+    (("out", "-a", "mp_rope"), "Use omp"), (("out", "--text", "none.txt"), "cannot be read"),
+    (("out", "--text", "none.txt", "--dry-run"), "cannot be read"), (("out", "--column", "text"), "give that with --text")])
 def test_command_refuses(made, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     result = run(made / "tied", made / "donor-tied", *arguments)

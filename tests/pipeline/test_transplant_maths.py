@@ -215,8 +215,10 @@ def test_pooling(how, head, weights):
     close(found, [np.array(weights) @ MATRIX[[2, 0, 3]], MATRIX[1], np.zeros(3)])
 
 
-def test_composed_learns_how_pieces_make_a_row():
+@pytest.mark.parametrize("chunk", [8192, 16])
+def test_composed_learns_how_pieces_make_a_row(monkeypatch, chunk):
     """Rows that are a linear function of pieces and donor row are found exactly; anchors of one piece teach nothing."""
+    monkeypatch.setattr(ways, "CHUNK", chunk)
     rng = np.random.default_rng(9)
     matrix = rng.standard_normal((30, B))
     pieces = [list(rng.integers(0, 30, rng.integers(2, 5))) for _ in range(80)]

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,8 @@ from anabranch.errors import AnabranchError, CorruptedError, OutputError, Recipe
 
 KEY = "family"
 READ = 1 << 22
+INDEX = ".safetensors.index.json"
+SHOWN = 20
 State = Literal["there", "absent", "changed"]
 
 
@@ -97,11 +100,13 @@ def merge_family(
                 warn(warning)
         if family.out in family.leaves:
             raise OutputError(f"{family.out} is one of the models to be merged. Choose another output folder.")
-        needed = family.needed()
-        if not needed and warn is not None:
-            left = "" if family.kept or not family.root.is_dir() else f" (of an earlier call there is still {family.root})"
-            warn(f"{family.out} holds this very merge already; nothing was done{left}")
-        with _held(family.root, any(document.name for document in needed)):
+        with _held(family.root, any(document.name for document in family.needed())) as held:
+            needed = family.needed(anew=held)
+            if not needed and warn is not None:
+                left = "" if family.kept or not family.root.is_dir() else f" (of an earlier call there is still {family.root})"
+                warn(f"{family.out} holds this very merge already; nothing was done{left}")
+            if held:
+                _forget_replaced(family)
             _make(family, needed, settings or Settings(), progress)
             results = [Result(d.name, family.place(d), MergeManifest.load(family.place(d) / MANIFEST), d in needed)
                        for d in family.graph.documents if family.kept or d.name is None]
@@ -186,8 +191,11 @@ class _Family:
     def place(self, document: Document) -> Path:
         return self.out if document.name is None else self.root / document.name
 
-    def needed(self) -> list[Document]:
-        """What must be made, in order: what is wanted and not there, and what that needs."""
+    def needed(self, *, anew: bool = False) -> list[Document]:
+        """What must be made, in order: what is wanted and not there, and what that needs. `anew`: look again at places that
+        another process may have changed."""
+        if anew:
+            self._states = {name: state for name, state in self._states.items() if state == "there"}
         needed: set[str | None] = set()
         left = [d for d in self.graph.documents if d.name is None] or list(self.graph.documents)
         left += [d for d in self.graph.documents if self.kept]
@@ -245,6 +253,11 @@ class _Family:
             raise OutputError.of(f"{place} already holds another or a damaged merge. {remedy}", reason)
         if KEY not in manifest.made_from:
             raise OutputError(f"{place} holds a merge that is no part of a family. {remedy}")
+        if place.is_symlink():
+            raise OutputError(f"{place} is outdated or damaged, and is a link: what it leads to is not replaced. {remedy}")
+        if strange := _strange_in(place, manifest, self.plans[document.name]):
+            raise OutputError.of(f"{place} is outdated or damaged and would be made again, but holds what no merge put there. "
+                                 f"Move that away, or: {remedy[0].lower()}{remedy[1:]}", strange)
         return "changed"
 
     def key(self, document: Document) -> str:
@@ -302,7 +315,7 @@ def _planned(config: Path | str | Sequence[Mapping[str, Any]], out: Path | str, 
     with _scratch() as outlines:
         family = _Family(graph, place, root, keep or intermediates is not None or graph.result is None, home, options, outlines)
         _plan(family)
-        clash = [str(root / name) for name in graph.names if (root / name).resolve() in family.leaves]
+        clash = [str(root / name) for name in graph.names if _holds((root / name).resolve(), family.leaves)]
         if clash:
             raise OutputError.of("these models would be replaced by results of the same names. Keep the intermediates in "
                                  "another folder:", clash)
@@ -346,7 +359,7 @@ def _root(graph: Graph, out: Path, intermediates: Path | str | None, keep: bool)
 
 def _ours(path: Path, graph: Graph) -> bool:
     """What may stand in a folder of results."""
-    name = path.name.removesuffix(".partial").removesuffix(".replaced")
+    name = path.name.removesuffix(".partial")
     return path.name.startswith(".") or name in graph.names or _is_of_a_family(path)
 
 
@@ -404,22 +417,53 @@ def _make(family: _Family, needed: Sequence[Document], settings: Settings,
 
 
 def _clear(place: Path) -> None:
-    """Put an outdated result away. Renamed first, so that a kill leaves no half of it under its name."""
-    away = place.with_name(f"{place.name}.replaced")
+    """Remove a result of this family. Renamed first, so that a kill leaves no half of it under its name."""
+    away = _away(place)
     try:
-        shutil.rmtree(away, ignore_errors=True)
+        if away.exists():
+            shutil.rmtree(away)
         os.rename(place, away)
         shutil.rmtree(away)
     except OSError as error:
-        raise OutputError(f"{place}: the outdated result cannot be removed ({error.strerror}).") from error
+        raise OutputError(f"{place}: the outdated result cannot be removed ({error.strerror or error}).") from error
+
+
+def _away(place: Path) -> Path:
+    return place.with_name(f".{place.name}.anabranch-replaced")
+
+
+def _forget_replaced(family: _Family) -> None:
+    """Remove what a call was killed over while it removed it."""
+    for name in family.graph.names:
+        shutil.rmtree(_away(family.root / name), ignore_errors=True)
 
 
 def _remove_intermediates(family: _Family) -> None:
+    """Less those that hold something that no merge put there."""
     for name in family.graph.names:
-        if _is_of_a_family(family.root / name):
-            shutil.rmtree(family.root / name, ignore_errors=True)
+        place = family.root / name
+        if not place.is_symlink() and _is_of_a_family(place) and not _strange_in(
+                place, MergeManifest.load(place / MANIFEST), family.plans[name]):
+            with suppress(OutputError):  # the result is there; what is left of this is only told
+                _clear(place)
     if family.root.is_dir() and not any(family.root.iterdir()):
         family.root.rmdir()
+
+
+def _strange_in(place: Path, manifest: MergeManifest, plan: Plan) -> list[str]:
+    """Files, however deep or hidden, that are no part of a result."""
+    indices = [name for name in (*manifest.files, plan.prepared.merge.plan.index_file) if name.endswith(INDEX)]
+    stems = "|".join(re.escape(name.removesuffix(INDEX)) for name in indices)
+    weights = re.compile(rf"({stems})(-\d+-of-\d+)?\.safetensors")
+    ours = {*manifest.files, MANIFEST, CARD}
+    found = [path for path in sorted(place.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    names = [path.relative_to(place).as_posix() for path in found]
+    strange = [name for name in names if name not in ours and not weights.fullmatch(name)]
+    return [*strange[:SHOWN], *([f".. and {len(strange) - SHOWN} more"] if len(strange) > SHOWN else [])]
+
+
+def _holds(place: Path, folders: Iterable[Path]) -> bool:
+    return any(folder.is_relative_to(place) for folder in folders)
 
 
 def _is_of_a_family(place: Path) -> bool:
@@ -430,10 +474,10 @@ def _is_of_a_family(place: Path) -> bool:
 
 
 @contextmanager
-def _held(root: Path, needed: bool) -> Iterator[None]:
-    """The folder of the named merges, made, and held against another call."""
+def _held(root: Path, needed: bool) -> Iterator[bool]:
+    """The folder of the named merges, made where it is `needed`, and held against another call. Gives whether it is."""
     if not needed:
-        yield
+        yield False
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -449,6 +493,8 @@ def _held(root: Path, needed: bool) -> Iterator[None]:
     except OSError:
         pass  # a file system without locks: go on unprotected
     try:
-        yield
+        if not root.is_dir() or not os.path.samestat(os.fstat(handle), os.stat(root)):
+            raise OutputError(f"another merge has just finished and removed {root}. Run the same command again.")
+        yield True
     finally:
         os.close(handle)

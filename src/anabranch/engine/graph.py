@@ -34,7 +34,7 @@ from anabranch.recipe import read_documents
 
 # Names become folders: of any file system, and none that the engine keeps for itself.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-NOT_AT_THE_END = (".partial", ".replaced", ".")
+NOT_AT_THE_END = (".partial", ".")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ and lets the folder appear when it is whole, as for a merge: a kill costs at mos
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from anabranch.engine.blocks import MERGED, begin_hash
 from anabranch.engine.checkpoint import ITEM_SIZES, Checkpoint
 from anabranch.engine.memory import Budget, occupied
 from anabranch.engine.merging import already_there, hash_of, place_for
-from anabranch.engine.output import Done, OutputFolder, existing_parent, vouched_for
+from anabranch.engine.output import CARD, Done, OutputFolder, existing_parent, vouched_for
 from anabranch.engine.plan import DTYPES, OutputPlan, Step, lay_out, parse_size
 from anabranch.engine.stream import Progress, finite
 from anabranch.engine.wanted import COPY, Wanted
@@ -127,15 +128,19 @@ def make_model(
                                   "method": verb, "dtype": _dtypes(plan)}))  # as it will be read again: tuples are lists
     _not_onto_an_input(place, inputs)
     if (finished := already_there(place, said, plan)) is not None:
-        _same_inputs(finished, inputs, place)
+        _same_inputs(finished, inputs, carried, place)
         return finished
     folder = OutputFolder(place, plan, dict(sorted(carried.items())))
-    key = digest([said, [shard.header.hex() for shard in plan.shards], _fingerprint(inputs), __version__, allow_nonfinite])
+    begun = _fingerprint(inputs)
+    key = digest([said, [shard.header.hex() for shard in plan.shards], begun, __version__, allow_nonfinite])
     workers, room = _room(made, threads, memory)
     with folder.opened(key):
         try:
             done = _all_made(folder, made, workers, room, allow_nonfinite, progress)
             read = [MergeInput(label=one.label, hash=hashed) for one, hashed in zip(inputs, _hashes(inputs), strict=True)]
+            if (changed := _changed_since(begun, inputs)) is not None:
+                raise CorruptedError(f"{changed} was changed while it was read, so that the result may be of the old and of "
+                                     "the new. Run the same command again when nothing writes there.")
         except (CorruptedError, RecipeError, ShapeMismatch) as error:
             if not isinstance(error.__cause__, OSError):
                 folder.abandon()
@@ -222,6 +227,15 @@ def _fingerprint(inputs: Sequence[Read]) -> list[list[Any]]:
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
+def _changed_since(begun: Sequence[Sequence[Any]], inputs: Sequence[Read]) -> str | None:
+    """A file that is not as it was when the work began."""
+    try:
+        now = _fingerprint(inputs)
+    except OSError as error:
+        return str(error.filename)
+    return next((str(old[0]) for old, new in zip(begun, now, strict=True) if old != new), None)
+
+
 def _hashes(inputs: Sequence[Read]) -> Iterator[str]:
     """For each input a hash over the tensors and files that matter. Raises CorruptedError as for a merge."""
     for one in inputs:
@@ -238,12 +252,22 @@ def _hashes(inputs: Sequence[Read]) -> Iterator[str]:
         yield digest(table)
 
 
-def _same_inputs(manifest: MergeManifest, inputs: Sequence[Read], place: Path) -> None:
-    there = {one.label: one.hash for one in manifest.inputs}
-    if changed := [f"input {one.label}: its tensors or files are not those that it was made of"
-                   for one, hashed in zip(inputs, _hashes(inputs), strict=True) if there.get(one.label) != hashed]:
+def _same_inputs(manifest: MergeManifest, inputs: Sequence[Read], carried: Mapping[str, bytes | Path], place: Path) -> None:
+    """Raises OutputError where what is there was made of other tensors, or other files would stand beside them now."""
+    there = [(one.label, one.hash) for one in manifest.inputs]
+    now = [(one.label, hashed) for one, hashed in zip(inputs, _hashes(inputs), strict=True)]
+    changed = [f"input {label}: its tensors or files are not those that it was made of"
+               for label, hashed in now if (label, hashed) not in there]
+    files = {name: _digest_of(source) for name, source in carried.items() if name != CARD}
+    changed += [f"{name}: would be another file now, since an input's files or config.json have changed"
+                for name in sorted(files.keys() | manifest.files.keys()) if files.get(name) != manifest.files.get(name)]
+    if changed or len(there) != len(now):
         raise OutputError.of(f"{place} was made with these settings, but of other inputs. Choose another output folder, or "
                              "remove this one; nothing was changed.", changed)
+
+
+def _digest_of(source: bytes | Path) -> str:
+    return file_digest(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
 
 
 # --- making ---
@@ -256,7 +280,7 @@ def _all_made(folder: OutputFolder, made: Sequence[Made], workers: int, room: in
     left = sorted((one for one in made if not all(name in folder.done for name in one.tensors)),
                   key=lambda one: min((order[name] for name in one.tensors), default=0))
     sizes = {name: step.stop - step.start for name, step in steps.items()}
-    total = sum(sizes.values())
+    total, finished = sum(sizes.values()), sum(sizes[name] for name in folder.done)
     threads, budget = torch.get_num_threads(), Budget(room)
     pool = ThreadPoolExecutor(workers)
     running: set[Future[list[tuple[Step, Done]]]] = set()
@@ -272,8 +296,9 @@ def _all_made(folder: OutputFolder, made: Sequence[Made], workers: int, room: in
                 for step, done in future.result():
                     with folder.writing():
                         folder.finished(step, done)
+                    finished += sizes[step.name]
             if progress is not None:
-                progress(Progress(sum(sizes[name] for name in folder.done), total, len(folder.done)))
+                progress(Progress(finished, total, len(folder.done)))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)

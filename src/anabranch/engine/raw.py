@@ -76,6 +76,8 @@ def merge_tensors(
             warn(warning)
     place = _place(out, prepared.merge)
     if (finished := _there(place, prepared.merge, recorded)) is not None:
+        if _folder(place) != place and (_folder(place) / MANIFEST).is_file():
+            shutil.rmtree(_folder(place), ignore_errors=True)  # left over from a kill after the file was taken out
         if warn is not None:
             warn(f"{place} holds this very merge already; nothing was done")
         return finished
@@ -245,6 +247,10 @@ class _Planner:
         everyone = [*branches, *([base] if base is not None else [])]
         dtype = self.values.dtype([f.dtype for f in everyone])
         if len(branches) < max(self.method.branches[0], 1):
+            if branches:
+                self.findings.remark(f"`{self.method.name}` needs {self.method.branches[0]} models, and only {len(branches)} "
+                                     f"{'has' if len(branches) == 1 else 'have'} it: carried over from "
+                                     f"{(base or branches[0]).entry.model}", name)
             return _carried(name, base or branches[0], dtype)
         found = self.values.of([(f.entry, name) for f in branches], self.stretch.levels, name, 0.0, False)
         if found is None:
@@ -281,7 +287,7 @@ class _Planner:
             self.findings.remark(f"carried over from the base {self.roles.base}, the only file that has it", name)
         elif self.config.method == "linear" and not self.values.normalizes(self.stretch.levels, name, 0.0):
             self.findings.remark(f"{lack}; without `normalize` it counts as zeros in the sum", name)
-        else:
+        elif len(branches) >= self.method.branches[0]:
             self.findings.remark(f"{lack}; merged over those that have it", name)
         return True
 
@@ -418,6 +424,9 @@ def _file_there(place: Path, recorded: Mapping[str, Any]) -> MergeManifest | Non
 def _taken_out(folder: Path, place: Path) -> MergeManifest:
     """The single weight file of a finished folder under its own name, with its manifest beside it."""
     manifest = MergeManifest.load(folder / MANIFEST)
+    if os.path.lexists(place):
+        raise OutputError(f"{place}: has appeared while this merge was made. The finished merge stays in {folder}: move one of "
+                          "the two away, and run the same command again.")
     try:
         write_atomically(_beside(place), (folder / MANIFEST).read_bytes())
         os.replace(folder / f"model{ONE_FILE}", place)

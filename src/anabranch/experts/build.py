@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from anabranch.artifacts import MergeManifest
+from anabranch.engine.checkpoint import ITEM_SIZES
 from anabranch.engine.making import TORCH, Read, forecast_made, make_model
+from anabranch.engine.memory import occupied
 from anabranch.engine.merging import place_for
 from anabranch.engine.output import MANIFEST
-from anabranch.engine.plan import DTYPES
+from anabranch.engine.plan import DTYPES, parse_size
 from anabranch.engine.stream import Progress
-from anabranch.errors import ModelError, OutputError
+from anabranch.errors import CorruptedError, ModelError, OutputError, RecipeError
 from anabranch.experts import balance, layouts, routers, tensors
 from anabranch.experts.calibrate import BALANCE, LEARNING_RATE, calibrate
 from anabranch.experts.settings import Config, read_config
@@ -26,10 +28,11 @@ from anabranch.experts.sources import MATRICES, MLP, Source, matrix, open_source
 from anabranch.experts.streamed import Tokens, run_layers
 from anabranch.experts.texts import read_texts, token_ids
 from anabranch.model import load_tokenizer
-from anabranch.surgery.side_files import carry_tokenizer
+from anabranch.surgery.side_files import GENERATION, carry_tokenizer
 
 VERB = "experts"
 COPY = "mergekit_moe_config.yml"
+STATES = 1 << 30
 Warn = Callable[[str], None]
 
 
@@ -80,10 +83,12 @@ def build_experts(config: Path | str | Mapping[str, Any], out: Path | str, optio
     """
     options = options or Options()
     plan = _plan(config, options)
-    _check_place(out)
+    finished = _report_there(out)
     for text in plan.warnings:
         warn(text)
-    report, more = _routed(plan, threads or _cores(), progress)
+    if finished is None:
+        _check_memory(plan, memory)
+    report, more = _routed(plan, threads or _cores()) if finished is None else (finished, [])
     for text in more:
         warn(text)
     return make_model(out, list(plan.mixture.made()), _files(plan), _inputs(plan), verb=VERB, settings=_settings(plan),
@@ -105,6 +110,8 @@ def forecast_experts(config: Path | str | Mapping[str, Any], out: Path | str, op
             f"router: {plan.config.gate_mode}"
             + (f", then {plan.options.steps} steps of calibration" if plan.options.calibration else ""),
             f"parameters: {total:,}; a token passes {active:,}",
+            *([f"memory for routers: {need / 1e6:,.0f} MB of weights in float32, and the texts' hidden states, before anything "
+               "is written"] if (need := _router_bytes(plan)) else []),
             *forecast_made(out, list(mixture.made()), _files(plan), _inputs(plan), max_shard_size=max_shard_size,
                            threads=threads, memory=memory)]
 
@@ -128,7 +135,8 @@ def _plan(config: Path | str | Mapping[str, Any], options: Options) -> _Plan:
     written, said = layouts.target_config(layout, read, base, widths, dtype)
     mixture = tensors.Mixture(layout, base, members, shared, written, DTYPES[dtype], options.seed, {})
     tensors.check_fits(mixture)
-    return _Plan(read, mixture, options, [*read.warnings, *warnings, *chosen, *said])
+    idle = tensors.idle_adapters([*members, *shared])
+    return _Plan(read, mixture, options, [*read.warnings, *warnings, *chosen, *said, *idle])
 
 
 def _dtype(base: Source) -> str:
@@ -146,12 +154,49 @@ def _cores() -> int:
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _check_place(out: Path | str) -> None:
-    """Say at once what `make_model` would say after the routers are made."""
+def _report_there(out: Path | str) -> dict[str, Any] | None:
+    """The report of what `out` holds; None where it is free. Whatever is there, `make_model` writes nothing more to it: it
+    says that all is done, or what is other. So no router is made first."""
     place = place_for(out)
-    if place.is_dir() and any(place.iterdir()) and not (place / MANIFEST).is_file():
+    if not place.is_dir() or not any(place.iterdir()):
+        return None
+    if not (place / MANIFEST).is_file():
         raise OutputError(f"{place} is there already, and holds something else than a result of this command. Choose another "
                           "output folder, or remove it.")
+    try:
+        return MergeManifest.load(place / MANIFEST).report
+    except CorruptedError:  # `make_model` says so
+        return {}
+
+
+def _router_bytes(plan: _Plan) -> int:
+    """Bytes of weights in memory while routers are made, measured and trained; 0 where none are read for it.
+
+    A layer at a time, in float32, and what of it is stacked, as it will be written; for a calibration all of the mixture.
+    """
+    mixture, options = plan.mixture, plan.options
+    written = {name: torch.Size(shape).numel() for made in mixture.made() for name, (shape, _) in made.tensors.items()}
+    layer = sum(size for name, size in written.items() if name.startswith("model.layers.0."))
+    experts = len(mixture.experts) * mixture.width * mixture.base.shape(matrix(0, "down"))[0]
+    if options.calibration is not None:
+        return 4 * sum(written.values()) + 2 * ITEM_SIZES[mixture.dtype] * experts
+    if options.prompts is not None or any(m.expert.positive for m in mixture.experts):
+        return 4 * layer + 2 * ITEM_SIZES[mixture.dtype] * experts
+    return 0
+
+
+def _check_memory(plan: _Plan, memory: str | int | None) -> None:
+    """Raises RecipeError where routers need more than `memory`, or, where that is not given, than the machine has."""
+    need, taken = _router_bytes(plan), occupied()
+    most = (parse_size(memory, "--memory") if memory is not None
+            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if need and taken + need > most:
+        what = ("the calibration holds the whole mixture in float32" if plan.options.calibration is not None
+                else "measuring the router holds a layer of the mixture in float32")
+        raise RecipeError(f"{what}: {need / 1e6:,.0f} MB beside the {taken / 1e6:,.0f} MB of the program, and "
+                          + (f"--memory is {memory}" if memory is not None else f"the machine has {most / 1e6:,.0f} MB")
+                          + ". Give more memory" + (", or leave out --calibrate." if plan.options.calibration is not None
+                                                    else ", or set `gate_mode: random` and give no prompts."))
 
 
 def _files(plan: _Plan) -> dict[str, bytes | Path]:
@@ -167,8 +212,8 @@ def _inputs(plan: _Plan) -> list[Read]:
     options, base = plan.options, plan.mixture.base
     whole = (plan.config.prompted or options.calibration is not None or options.prompts is not None
              or any(member.expert.positive for member in mixture.experts))
-    tokenizer = [path for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-                 if (path := base.checkpoint.folder / name).is_file()] if whole else []
+    tokenizer = [path for name, path in carry_tokenizer(base.checkpoint.folder).items()
+                 if whole and isinstance(path, Path) and name != GENERATION]
     names = None if whole else [name for name in base.checkpoint.tensors if MLP not in name]
     found = [Read(f"base_model: {base.label}", base.checkpoint, names, (*base.companions, *tokenizer))]
     for member in (*mixture.experts, *mixture.shared):
@@ -201,7 +246,7 @@ def _parameters(plan: _Plan) -> tuple[int, int]:
 # --- routers ---
 
 
-def _routed(plan: _Plan, threads: int, progress: Any) -> tuple[dict[str, Any], list[str]]:
+def _routed(plan: _Plan, threads: int) -> tuple[dict[str, Any], list[str]]:
     """Give the mixture its router rows; the report and warnings. Nothing is written."""
     config, mixture, options = plan.config, plan.mixture, plan.options
     total, active = _parameters(plan)
@@ -216,26 +261,27 @@ def _routed(plan: _Plan, threads: int, progress: Any) -> tuple[dict[str, Any], l
                                            mixture.layers, threads=threads)
     else:
         mixture.rows = routers.drawn_rows(config.gate_mode, len(plan.gated), mixture.layers, hidden, options.seed)
-    warnings = routers.degenerate(mixture.rows)
-    texts = _measured_texts(plan, tokenizer)
+    warnings = routers.degenerate(mixture.rows, centred=config.gate_mode == "mlp_input")
+    texts = _measured_texts(plan, tokenizer, warnings)
     if texts:
         report["router"] = {"before": _measured(plan, texts, threads)}
     if options.calibration is not None:
-        report["calibration"] = {"steps": options.steps, **_calibrated(plan, tokenizer)}
+        report["calibration"] = {"steps": options.steps, **_calibrated(plan, tokenizer, warnings)}
         if texts:
             report["router"]["after"] = _measured(plan, texts, threads)
     return report, warnings
 
 
-def _measured_texts(plan: _Plan, tokenizer: Any) -> list[tuple[int | None, list[int]]]:
+def _measured_texts(plan: _Plan, tokenizer: Any, warnings: list[str]) -> list[tuple[int | None, list[int]]]:
     """(whose text it is, token ids) of what routers are measured on."""
     if plan.options.prompts is not None:
-        return [(None, ids) for ids in token_ids(read_texts(plan.options.prompts, "--prompts"), tokenizer)]
+        given = read_texts(plan.options.prompts, "--prompts")
+        return [(None, ids) for ids in token_ids(given, tokenizer, f"--prompts {plan.options.prompts}", warnings)]
     if not any(m.expert.positive for m in plan.mixture.experts):
         return []
     tokenizer = tokenizer or load_tokenizer(plan.mixture.base.checkpoint.folder)
     return [(e, ids) for e, member in enumerate(plan.mixture.experts)
-            for ids in token_ids(member.expert.positive, tokenizer)]
+            for ids in token_ids(member.expert.positive, tokenizer, f"{member.expert.where}.positive_prompts", warnings)]
 
 
 def _measured(plan: _Plan, texts: Sequence[tuple[int | None, list[int]]], threads: int) -> dict[str, Any]:
@@ -246,23 +292,42 @@ def _measured(plan: _Plan, texts: Sequence[tuple[int | None, list[int]]], thread
     owners = len(mixture.experts) if plan.options.prompts is None else 0
     tally = balance.Tally(len(mixture.experts), owners)
     router = mixture.layout.router.removesuffix(".weight")
-    batches = [Tokens(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64)) for _, ids in texts]
-    run_layers(model, lambda name: made[name]().to(rounded), batches,
-               lambda layer, i, _, seen: tally.add(layer, texts[i][0], balance.choices_of(seen[router][1])),
-               watched=(router,), threads=threads)
+    for some in _side_by_side(texts, mixture.base.shape(matrix(0, "down"))[0]):
+        batches = [Tokens(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64)) for _, ids in some]
+
+        def watch(layer: int, i: int, _: torch.Tensor, seen: Any, owned: Sequence[tuple[int | None, list[int]]] = some) -> None:
+            tally.add(layer, owned[i][0], balance.choices_of(seen[router][1]))
+
+        run_layers(model, lambda name: made[name]().to(rounded), batches, watch, watched=(router,), threads=threads)
     return tally.report()
 
 
-def _calibrated(plan: _Plan, tokenizer: Any) -> dict[str, float]:
+def _side_by_side(texts: Sequence[tuple[int | None, list[int]]], hidden: int
+                  ) -> list[list[tuple[int | None, list[int]]]]:
+    """Texts in groups whose hidden states fit in STATES bytes: they stay in memory from layer to layer."""
+    groups: list[list[tuple[int | None, list[int]]]] = []
+    room = 0
+    for one in texts:
+        size = 4 * hidden * len(one[1])
+        if size > room:
+            groups.append([])
+            room = STATES
+        groups[-1].append(one)
+        room -= size
+    return groups
+
+
+def _calibrated(plan: _Plan, tokenizer: Any, warnings: list[str]) -> dict[str, Any]:
     """Train the router rows of the planned mixture, all of it in memory as float32. Gives the loss before and after."""
     mixture, options = plan.mixture, plan.options
-    ids = token_ids(read_texts(options.calibration or Path(), "--calibrate"), tokenizer)
+    path = options.calibration or Path()
+    ids = token_ids(read_texts(path, "--calibrate"), tokenizer, f"--calibrate {path}", warnings)
     model = in_memory(mixture)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums must not depend on how many cores there are
     try:
         rows, losses = calibrate(model, ids, options.steps, seed=options.seed, learning_rate=options.learning_rate,
-                                 balance=options.balance)
+                                 balance=options.balance, rounded=TORCH[mixture.dtype])
     finally:
         torch.set_num_threads(threads)
     old = mixture.rows

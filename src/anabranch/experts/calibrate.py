@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anabranch.errors import RecipeError
+from anabranch.errors import ModelError, RecipeError
 from anabranch.experts.balance import choices_of, routers_of
 from anabranch.rows import generator
 
@@ -32,7 +32,7 @@ BALANCE = 0.01
 
 
 def calibrate(model: Any, texts: Sequence[Sequence[int]], steps: int, *, seed: int = 0, learning_rate: float = LEARNING_RATE,
-              balance: float = BALANCE) -> tuple[dict[int, Tensor], dict[str, float]]:
+              balance: float = BALANCE, rounded: torch.dtype = torch.float32) -> tuple[dict[int, Tensor], dict[str, Any]]:
     """Train the routers of a loaded model in place.
 
     Args:
@@ -40,19 +40,25 @@ def calibrate(model: Any, texts: Sequence[Sequence[int]], steps: int, *, seed: i
         texts: token ids of each, two or more.
         steps: of TEXTS_PER_STEP texts.
         balance: c.
+        rounded: what the rows will be written in; they are rounded to it once they are trained.
     Returns:
-        layer -> router rows, float32 [E, H]; and the mean next-token loss before and after, as the model is run, of texts
-        that were kept out of training: every eighth, at most 32; of all where there are fewer than 16.
+        layer -> router rows, float32 [E, H]; and the mean next-token loss before and after, as the model is run, of
+        `measured` texts. `held_out`: these, every eighth and at most 32, were kept out of training, copies of them too.
+        Where there are fewer than 16 texts, or no others than these, it is false: all are trained on, and all measured.
     Raises:
-        RecipeError: nothing to train on, or a loss that is not finite.
+        RecipeError: nothing to train on, a rate or a weight that is no such number, or a loss that is not finite.
+        ModelError: a token without an embedding.
     """
+    _check_numbers(learning_rate, balance)
     routers = routers_of(model)
     if not routers or not any(len(text) > 1 for text in texts):
         raise RecipeError("calibration: " + ("no text of two tokens or more" if routers else "the model has no routers"))
     usable = [list(text) for text in texts if len(text) > 1]
-    kept = usable[7::8][:32] if len(usable) >= 16 else usable
+    highest, known = max(map(max, usable)), model.get_input_embeddings().weight.shape[0]
+    if highest >= known:
+        raise ModelError(f"calibration: token {highest} has no embedding: the model has {known}, its tokenizer more.")
+    kept, trained, held_out = _split(usable)
     before = _mean_loss(model, routers, kept)
-    trained = [text for i, text in enumerate(usable) if i % 8 != 7 or i // 8 >= 32] if len(usable) >= 16 else usable
     model.requires_grad_(False)
     weights = [router.weight.requires_grad_(True) for router in routers.values()]
     optimizer = torch.optim.Adam(weights, lr=learning_rate)
@@ -66,9 +72,25 @@ def calibrate(model: Any, texts: Sequence[Sequence[int]], steps: int, *, seed: i
             if not np.isfinite(next_token.item()):
                 raise RecipeError(f"calibration: the loss of step {step + 1} is not finite. Try a smaller learning rate.")
     for weight in weights:
-        weight.requires_grad_(False)
+        weight.requires_grad_(False).copy_(weight.detach().to(rounded))
     return {layer: router.weight.detach().clone() for layer, router in routers.items()}, {
-        "loss_before": round(before, 4), "loss_after": round(_mean_loss(model, routers, kept), 4)}
+        "loss_before": round(before, 4), "loss_after": round(_mean_loss(model, routers, kept), 4),
+        "measured": len(kept), "held_out": held_out}
+
+
+def _check_numbers(learning_rate: float, balance: float) -> None:
+    problems = [f"{name}: got {value}, wanted a number from 0 to {most:g}" for name, value, most in
+                (("learning rate", learning_rate, 10.0), ("balance", balance, 1e6)) if not 0 <= value <= most]
+    if problems:
+        raise RecipeError.of("calibration:", problems)
+
+
+def _split(usable: list[list[int]]) -> tuple[list[list[int]], list[list[int]], bool]:
+    """(measured, trained on, whether the two have no text in common)."""
+    kept = usable[7::8][:32]
+    held = {tuple(text) for text in kept}
+    trained = [text for text in usable if tuple(text) not in held]
+    return (kept, trained, True) if len(usable) >= 16 and trained else (usable, usable, False)
 
 
 @torch.no_grad()

@@ -34,7 +34,9 @@ from anabranch.surgery.side_files import carry_tokenizer
 LAYER = r"(?P<at>.+?\.(?P<layer>\d+)\.)"
 SEPARATE = re.compile(LAYER + r"(?P<block>.*?)experts\.(?P<expert>\d+)\.(?P<rest>.+)$")
 FUSED = re.compile(LAYER + r"(?P<block>.*?)(?:experts\.[^.]+|input_linear\.weight|output_linear\.weight)$")
-ROUTER = re.compile(LAYER + r"(?P<block>.*?)(?:gate|router|router\.layer)\.(?:weight|bias|e_score_correction_bias)$")
+# .. and what is added to each expert's score beside it: `mlp.expert_bias`, `mlp.e_score_correction_bias`
+ROUTER = re.compile(LAYER + r"(?P<block>.*?)(?:(?:gate|router|router\.layer)\.(?:weight|bias|e_score_correction_bias)"
+                    r"|e_score_correction_bias|expert_bias)$")
 SHARED = re.compile(r"shared_(?:experts?|mlp)")
 CHUNK = 1 << 22
 
@@ -73,7 +75,8 @@ def _in_order(checkpoint: Checkpoint, name: str, order: Tensor) -> dict[str, Ten
 def blocks_of(checkpoint: Checkpoint, label: str) -> dict[str, Block]:
     """The experts of each layer, by the start of their names ('model.layers.3.').
 
-    Raises ModelError: there are none; experts whose numbers have gaps; or a router that chooses by groups of experts.
+    Raises ModelError: there are none; experts whose numbers have gaps, or that have not all the same tensors; tensors beside
+    them that may count experts and are not known to; or a router that chooses by groups of experts.
     """
     separate: dict[str, dict[int, dict[str, str]]] = {}
     fused: dict[str, list[str]] = {}
@@ -87,15 +90,22 @@ def blocks_of(checkpoint: Checkpoint, label: str) -> dict[str, Block]:
             fused.setdefault(found["at"], []).append(name)
         elif found := ROUTER.match(name):
             routers.setdefault(found["at"], []).append(name)
-    blocks, problems = {}, []
-    for at in separate.keys() | fused.keys():
+    blocks: dict[str, Block] = {}
+    problems = []
+    for at in sorted(separate.keys() | fused.keys()):
         own = separate.get(at, {})
         counts = {checkpoint.tensors[name].shape[0] for name in (*fused.get(at, ()), *routers.get(at, ()))} | (
             {len(own)} if own else set())
-        if len(counts) != 1 or (own and sorted(own) != list(range(len(own)))) or not routers.get(at):
+        routed = any(name.endswith("weight") for name in routers.get(at, ()))
+        if len(counts) != 1 or (own and sorted(own) != list(range(len(own)))) or not routed:
             problems.append(f"{at}*: experts, and a router with a row for each, were not found (counts: {sorted(counts)})")
             continue
+        shapes = [{rest: checkpoint.tensors[name].shape for rest, name in names.items()} for names in own.values()]
+        if any(one != shapes[0] for one in shapes):
+            problems.append(f"{at}*: its experts have not all the same tensors, of the same shapes")
+            continue
         blocks[at] = Block(counts.pop(), (*fused.get(at, ()), *routers[at]), tuple(sorted(fused.get(at, ()))), own)
+        problems += _unknown(checkpoint, at, blocks[at])
     if not blocks and not problems:
         problems.append("has no experts: no tensor is named like `..layers.0.mlp.experts..`")
     if int(checkpoint.config.get("n_group") or 1) > 1:
@@ -104,6 +114,15 @@ def blocks_of(checkpoint: Checkpoint, label: str) -> dict[str, Block]:
     if problems:
         raise ModelError.of(f"model {label}:", problems[:20])
     return dict(sorted(blocks.items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]))
+
+
+def _unknown(checkpoint: Checkpoint, at: str, block: Block) -> list[str]:
+    """Tensors beside the experts with a dimension that may count them, which would have to move with them."""
+    known = {*block.stacked, *(name for names in block.separate.values() for name in names.values())}
+    beside = {found["block"] for name in known if (found := SEPARATE.match(name) or FUSED.match(name)) and found["block"]}
+    return [f"tensor '{name}' {list(info.shape)}: may have a number for each of the {block.count} experts, and is not known"
+            for name, info in checkpoint.tensors.items() if name not in known and not SHARED.search(name)
+            and name.startswith(tuple(at + one for one in beside)) and block.count in info.shape]
 
 
 def similarities(first: tuple[Checkpoint, Block], second: tuple[Checkpoint, Block]) -> np.ndarray:
@@ -138,7 +157,8 @@ def match_experts(reference: str, model: str, out: Path | str, *, dry_run: bool 
         the manifest (None for a dry run); per layer the permutation and the mean similarity before and after; the lines of a
         dry run.
     Raises:
-        ModelError, ShapeMismatch: not both mixtures of experts with the same layers, numbers and shapes of them.
+        ModelError, ShapeMismatch: not both mixtures of experts with the same layers, numbers and shapes of them; see
+            `blocks_of`; or numbers that are not finite.
     """
     opened = [_open(one, allow_pickle) for one in (reference, model)]
     blocks = [blocks_of(checkpoint, label) for checkpoint, label in zip(opened, (reference, model), strict=True)]
@@ -146,6 +166,8 @@ def match_experts(reference: str, model: str, out: Path | str, *, dry_run: bool 
     orders, report = {}, []
     for at in blocks[0]:
         similarity = similarities((opened[0], blocks[0][at]), (opened[1], blocks[1][at]))
+        if not np.isfinite(similarity).all():
+            raise ModelError(f"{at}*: experts hold NaN or infinity in {reference} or {model}, so they cannot be compared.")
         orders[at] = order = assignment(similarity)
         report.append({"layer": at.rstrip("."), "order": order, "moved": sum(i != e for i, e in enumerate(order)),
                        "similarity_before": round(float(np.trace(similarity)) / len(order), 6),

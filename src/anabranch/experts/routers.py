@@ -116,13 +116,21 @@ def _hidden(config: Config, batches: Sequence[Tokens], model: Any, read: Read, t
     return found
 
 
-def degenerate(rows: dict[int, Tensor]) -> list[str]:
-    """A warning where rows are nearly dependent: the condition number of a layer's [R, H] is above 5."""
-    worst = {layer: float(torch.linalg.cond(matrix.double())) for layer, matrix in rows.items() if len(matrix) > 1}
+def degenerate(rows: dict[int, Tensor], *, centred: bool = False) -> list[str]:
+    """A warning where rows are nearly dependent: the condition number of a layer's [R, H] is above 5.
+
+    `centred`: rows of `mlp_input`, one of which always follows from the others; that least singular value does not count.
+    """
+    worst = {layer: _condition(matrix, -2 if centred else -1) for layer, matrix in rows.items() if len(matrix) > 1}
     high = {layer: number for layer, number in worst.items() if not number <= DEGENERATE}
     if not high:
         return []
     layer, number = max(high.items(), key=lambda item: item[1])
     return [f"the router rows of {len(high)} of {len(rows)} layers are nearly dependent (condition number up to {number:.1f}, "
             f"in layer {layer}; {DEGENERATE:g} is much): experts are hardly told apart there. More telling prompts, negative "
-            "prompts, `gate_mode: mlp_input` or a calibration help"]
+            "prompts, " + ("" if centred else "`gate_mode: mlp_input` ") + "or a calibration help"]
+
+
+def _condition(matrix: Tensor, least: int) -> float:
+    values = torch.linalg.svdvals(matrix.double())
+    return float(values[0] / values[least])

@@ -177,14 +177,14 @@ def _named(name: str, make: Callable[[], Tensor]) -> dict[str, Tensor]:
 def check_shapes(base: Source, members: Sequence[Member]) -> None:
     """Raises ShapeMismatch where experts do not fit the base, or each other; all problems in one message."""
     problems = []
-    act, first = base.checkpoint.config.get("hidden_act"), members[0]
+    act, first = _activation(base), members[0]
     for member in members:
         one, where = member.source, f"{member.expert.where} ({member.source.label})"
         if one.layers != base.layers:
             problems.append(f"{where}: {one.layers} layers, and the base has {base.layers}")
             continue
-        if one.checkpoint.config.get("hidden_act") != act:
-            problems.append(f"{where}: its activation is {one.checkpoint.config.get('hidden_act')}, the base's {act}")
+        if _activation(one) != act:
+            problems.append(f"{where}: its activation is {_activation(one)}, the base's {act}")
         hidden = base.shape(matrix(0, "down"))[0]
         width = one.shape(matrix(0, "gate"))[0]
         odd = [name for layer in range(one.layers) for w in MATRICES
@@ -196,6 +196,19 @@ def check_shapes(base: Source, members: Sequence[Member]) -> None:
             problems.append(f"{where}: {width} wide, and {first.expert.where} {first.source.shape(matrix(0, 'gate'))[0]}")
     if problems:
         raise ShapeMismatch.of("these experts do not fit together:", problems)
+
+
+def _activation(source: Source) -> object:
+    """As config.json says; where it says nothing, that of all classes whose models can be experts."""
+    return source.checkpoint.config.get("hidden_act") or "silu"
+
+
+def idle_adapters(members: Sequence[Member]) -> list[str]:
+    """Warnings for adapters that change nothing of what becomes an expert."""
+    return [f"{m.expert.where} ({m.source.label}): its adapter changes nothing in the feed-forward, which is all that becomes "
+            "an expert, so that this expert is the model without its adapter"
+            for m in members if m.source.adapter is not None and not any(
+                m.source.adapter.touches(matrix(layer, w)) for layer in range(m.source.layers) for w in MATRICES)]
 
 
 def check_fits(mixture: Mixture) -> None:

@@ -74,6 +74,13 @@ def _text_of(row: Any) -> str | None:
     return text + answer if text is not None and isinstance(answer, str) else text
 
 
-def token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Ids of each text as the tokenizer gives them, cut to LONGEST; texts without a token left out."""
-    return [ids for text in texts if (ids := tokenizer(text)["input_ids"][:LONGEST])]
+def token_ids(texts: Sequence[str], tokenizer: Any, what: str, warnings: list[str]) -> list[list[int]]:
+    """Ids of each text as the tokenizer gives them, cut to LONGEST; texts without a token left out.
+
+    `warnings` gets a line, about `what`, where texts were cut.
+    """
+    found = [ids for text in texts if (ids := tokenizer(text)["input_ids"])]
+    if long := sum(len(ids) > LONGEST for ids in found):
+        warnings.append(f"{what}: {long} of {len(found)} texts are longer than {LONGEST} tokens; routing is measured and "
+                        "trained on so many of each")
+    return [ids[:LONGEST] for ids in found]

@@ -195,9 +195,12 @@ def _dense(job: Job, place: Place, plan: Plan) -> Tensor:
 def _from_core(job: Job, place: Place, plan: Plan, count: int | None, share: float | None) -> LowRank:
     """The merged change by its strongest directions, exactly, without forming it."""
     factors = factors_of(job, place)
+    live = [i for i, w in enumerate(plan.weights) if w != 0]
+    if plan.method.name in spaces.SHARING:
+        # Directions that only adapters of weight 0 have would count as some of the matrix, which the method shares out.
+        factors = [f if i in live else (f[0][:, :0], f[1][:0], f[2]) for i, f in enumerate(factors)]
     u, vt, cores = joint_bases([b for b, _, _ in factors], [a for _, a, _ in factors])
     cores = cores * torch.tensor([scale for _, _, scale in factors], dtype=torch.float64)[:, None, None]
-    live = [i for i, w in enumerate(plan.weights) if w != 0]
     ranks = [factors[i][0].shape[1] for i in live] or [0]
     size, arguments = spaces.padded(plan.method, plan.arguments, place.pair.shape, ranks, len(live)) if any(ranks) else (0, {})
     inner = Plan(plan.method, arguments or plan.arguments, plan.weights, plan.space, plan.kind)

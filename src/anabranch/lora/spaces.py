@@ -30,6 +30,7 @@ from anabranch.merge.low_rank import shared_bases
 Kind = Literal["turning", "entrywise", "weights"]
 TURNING = ("linear", "token_weighted", "interpolate", "task_arithmetic", "task_vector_mean", "layer_scaled", "passthrough",
            "nuslerp", "multislerp", "model_stock", "tsv_m", "iso_c", "iso_cts", "star")
+SHARING = ("tsv_m", "iso_cts")  # the smaller dimension of the matrix, among the branches
 WEIGHTS = ("slerp", "karcher", "arcee_fusion")
 # What cannot be had from adapters, and why.
 REFUSED = {
@@ -71,7 +72,7 @@ def padded(method: MergeMethod, arguments: Mapping[str, Argument], shape: Sequen
 
     TSV-M and Iso-CTS share the smaller dimension r of the matrix out among the branches. On core matrices that would be a
     smaller number, and cut off directions that the dense merge keeps; rows and columns of zeros make up for it.
-    `k`: branches whose weight is not 0. Size 0: any.
+    `k`: branches whose weight is not 0, of these `ranks`; directions of others must not be in the cores. Size 0: any.
     """
     least, given = min(shape), dict(arguments)
     if method.name == "tsv_m":

@@ -56,13 +56,17 @@ def filled(base: Checkpoint, partial: Checkpoint, labels: tuple[str, str]) -> tu
 
 def placed(base: Mapping[str, TensorInfo], partial: Mapping[str, TensorInfo], labels: tuple[str, str]) -> dict[str, str]:
     """Name in BASE -> name in PARTIAL. Raises ShapeMismatch where a name of PARTIAL has no place, or could have two."""
-    candidates = list(_candidates(base, partial))
-    counts = [sum(name in base for name in candidate) for candidate in candidates]
-    if not any(counts):
+    most, best, plain = 0, list[dict[str, str]](), False
+    for number, candidate in enumerate(_candidates(base, partial)):  # thousands, for a name such as `weight`
+        count = sum(name in base for name in candidate)
+        if count > most:
+            most, best, plain = count, [candidate], number == 0
+        elif count == most and count:
+            best.append(candidate)
+    if not most:
         raise ShapeMismatch(f"{labels[1]}: none of its {len(partial)} tensors is one of {labels[0]}, with or without a prefix "
                             f"(such as '{next(iter(partial), '')}' beside '{next(iter(base), '')}').")
-    best = [c for c, count in zip(candidates, counts, strict=True) if count == max(counts)]
-    if len(best) > 1 and candidates[0] not in best:  # two towers with the same names: the shapes tell
+    if len(best) > 1 and not plain:  # two towers with the same names: the shapes tell
         fitting = [c for c in best if all(base[n].shape == partial[theirs].shape for n, theirs in c.items() if n in base)]
         best = fitting or best
         if len(best) > 1:

@@ -17,6 +17,8 @@ from typing import Any
 from anabranch.errors import RecipeError, ShapeMismatch
 from anabranch.rows import generator
 
+MOST = 10_000  # layers that full random takes; far beyond what any model has
+
 
 def shuffled_config(models: Sequence[str], layers: Sequence[int], weights: Sequence[float], *, full_random: bool = False,
                     seed: int = 0, dtype: str | None = None) -> dict[str, Any]:
@@ -27,10 +29,13 @@ def shuffled_config(models: Sequence[str], layers: Sequence[int], weights: Seque
         layers: k numbers of layers.
         weights: k numbers >= 0. In place: chances, in proportion. Full random: the share of each model's layers.
     Raises:
-        RecipeError: not one weight for each model, a weight that is none, or none above zero; no layer at all.
+        RecipeError: not one weight for each model, a weight that is none, or none above zero; no layer at all, or too many.
         ShapeMismatch: models of different depth, in place.
     """
     _check(models, weights)
+    if full_random and math.fsum(min(weight, MOST) * count for weight, count in zip(weights, layers, strict=True)) > MOST:
+        raise RecipeError(f"shuffle: with these weights more than {MOST:,} layers would be taken. With --full-random a weight "
+                          "is the share of a model's layers: 0.5 takes half as many as it has.")
     draw = generator(seed, "shuffle", "full" if full_random else "in place")
     if full_random:
         picked = [(k, int(layer)) for k, (count, weight) in enumerate(zip(layers, weights, strict=True))
@@ -44,7 +49,8 @@ def shuffled_config(models: Sequence[str], layers: Sequence[int], weights: Seque
             raise ShapeMismatch("shuffle: layer i of the result is layer i of one of the models, so they must have as many "
                                 "layers; " + ", ".join(f"{m} has {n}" for m, n in zip(models, layers, strict=True))
                                 + ". --full-random takes layers from anywhere.")
-        chances = [weight / math.fsum(weights) for weight in weights]
+        shares = [weight / max(weights) for weight in weights]
+        chances = [share / math.fsum(shares) for share in shares]
         picked = [(int(draw.choice(len(models), p=chances)), layer) for layer in range(layers[0])]
     slices = [{"sources": [{"model": models[k], "layer_range": [start, stop]}]} for k, start, stop in _joined(picked)]
     return {"merge_method": "passthrough", "slices": slices, **({"dtype": dtype} if dtype is not None else {})}

@@ -193,10 +193,15 @@ def ridge(targets: Tensor, donor: Tensor, model: Tensor) -> Tensor:
 def ridge_map(x: Tensor, y: Tensor) -> Tensor:
     """argmin ||x W - y||^2 + p ||W||^2, float64 [a, b]; p is the one of PENALTIES (times the largest eigenvalue of x^T x) with
     the least n ||x W - y||^2 / (n - degrees of freedom - 1)^2. x and y are centred, float64 [n, a] and [n, b]."""
-    values, axes = torch.linalg.eigh(x.T @ x)
+    return _ridge_of(x.T @ x, x.T @ y, y.square().sum(), len(x))
+
+
+def _ridge_of(gram: Tensor, cross: Tensor, total: Tensor, count: int) -> Tensor:
+    """`ridge_map` from x^T x, x^T y, ||y||^2 and n."""
+    values, axes = torch.linalg.eigh(gram)
     values = values.clamp_min(0)
-    along = axes.T @ (x.T @ y)
-    total, energy, count = y.square().sum(), along.square().sum(1), len(x)
+    along = axes.T @ cross
+    energy = along.square().sum(1)
     best, lowest = PENALTIES[-1], float("inf")
     for share in PENALTIES:
         damped = values + share * values[-1] + torch.finfo(torch.float64).tiny
@@ -292,13 +297,27 @@ def composed(targets: Tensor | None, pieces: Sequence[Sequence[int]], donor: Ten
     taught = [i for i, parts in enumerate(anchor_pieces) if len(parts) > 1]
     if len(taught) < 3:
         return start
-    rows, parts = torch.tensor(taught), [anchor_pieces[i] for i in taught]
-    known, wanted = _features(None if donor is None else donor[rows], parts, matrix), _features(targets, pieces, matrix)
-    rest = model[rows].double() - pooled(matrix, parts, "mean", head=False).double()
-    middle, centre = known.mean(0), rest.mean(0)
-    spread = (known - middle).square().mean(0).sqrt().clamp_min(1e-12)
-    learnt = ridge_map((known - middle) / spread, rest - centre)
-    return ((wanted - middle) / spread @ learnt + centre + start.double()).float()
+
+    def known(numbers: list[int]) -> tuple[Tensor, Tensor]:
+        rows, parts = torch.tensor(numbers), [anchor_pieces[i] for i in numbers]
+        return (_features(None if donor is None else donor[rows], parts, matrix),
+                model[rows].double() - pooled(matrix, parts, "mean", head=False).double())
+
+    # A part at a time: all features in float64 would be several times both models' matrices.
+    chunks = [taught[i:i + CHUNK] for i in range(0, len(taught), CHUNK)]
+    means = [(x.sum(0), y.sum(0)) for x, y in map(known, chunks)]
+    middle, centre = (torch.stack(sums).sum(0) / len(taught) for sums in zip(*means, strict=True))
+    gram, cross, total = torch.zeros(len(middle), len(middle)).double(), torch.zeros(len(middle), len(centre)).double(), 0.0
+    for x, y in map(known, chunks):
+        x, y = x - middle, y - centre
+        gram, cross, total = gram.addmm_(x.T, x), cross.addmm_(x.T, y), total + y.square().sum()
+    spread = (gram.diagonal() / len(taught)).sqrt().clamp_min(1e-12)
+    learnt = _ridge_of(gram / spread / spread[:, None], cross / spread[:, None], torch.as_tensor(total), len(taught))
+    for first in range(0, len(pieces), CHUNK):
+        part = slice(first, first + CHUNK)
+        wanted = _features(None if targets is None else targets[part], pieces[part], matrix)
+        start[part] = ((wanted - middle) / spread @ learnt + centre + start[part].double()).float()
+    return start
 
 
 def _features(donor: Tensor | None, pieces: Sequence[Sequence[int]], matrix: Tensor) -> Tensor:

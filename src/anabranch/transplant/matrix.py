@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.errors import RecipeError, closest
+from anabranch.errors import CorruptedError, RecipeError, closest
 from anabranch.transplant import approximations as ways
 from anabranch.transplant.approximations import Pooling, Scheme
 from anabranch.transplant.matching import APPROXIMATED, BYTE, EXACT, PREFIX, Matches, Where
@@ -52,7 +52,8 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the rows beside the two models. Names and defaults are the peer's, but for `seed`.
+    """What decides the rows beside the two models. Names and defaults are the peer's, but for `seed`, and for
+    `method`, which is omp there.
 
     method            one of METHODS
     k                 anchors per token (omp, common_interpolation, stb)
@@ -177,8 +178,10 @@ def transplanted(model: Tensor, donor: Tensor | None, task: Task, settings: Sett
         model: the model's matrix [V, b]. donor: the donor's [D, a], or None.
         pieces: (donor ids, False) -> for each the model's rows that its own tokenizer cuts the text into.
         split: (donor ids, whether each has to do without its own match) -> the longest tokens that make up the text.
-        normal: (t, b) -> independent N(0, 1), always the same ones.
+        normal: (t, b) -> independent N(0, 1), the next ones at each call.
         notes: gets what the user should know.
+    Raises:
+        CorruptedError: rows that are needed hold NaN or infinity.
     """
     out = torch.zeros(len(task.matches.kind), model.shape[1])
     copied = task.matches.of(EXACT, BYTE, PREFIX)
@@ -214,9 +217,16 @@ def _made(model: Tensor, donor: Tensor | None, task: Task, settings: Settings, p
     y = model[torch.from_numpy(task.matches.row[task.anchors])].float()
     x = None if donor is None else donor[anchors].float()
     targets = _targets(donor, wanted)
+    for whose, tensor in (("the donor's", x), ("the donor's", targets), ("the model's", y)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise CorruptedError(f"{whose} {'head' if task.head else 'embedding'} holds NaN or infinity, and rows are made from "
+                                 "it. A model that diverged must be trained or fetched again.")
     if name == "composed":
         if targets is None:
             x = None
+            if donor is not None:
+                notes.append(f"composed: some of the donor's tokens have no row in its {'head' if task.head else 'embedding'}, "
+                             "so that nothing is learnt from donor rows")
         return ways.composed(targets, split(task.wanted.tolist(), False), x, split(task.anchors.tolist(), True), y, model)
     assert x is not None and targets is not None  # the plan asked for the donor's embeddings
     if name == "omp":

@@ -31,6 +31,7 @@ from anabranch.model import load_model
 from anabranch.rows import generator
 from anabranch.surgery.side_files import GENERATION, carried, carry_tokenizer, is_processor, new_ids_in, template_in
 from anabranch.surgery.vocabulary import TOKENIZER, files_digest, parse_object, some
+from anabranch.transplant.approximations import CHUNK
 from anabranch.transplant.matching import BYTE, EXACT, PREFIX, Key, match, roles_of, usable_keys
 from anabranch.transplant.matrix import METHODS, Settings, Task, applies, check_anchors, task_for, transplanted
 from anabranch.transplant.pieces import bare_tokenizer, loads_otherwise, own_pieces, splitter, whole_tokenizer, written
@@ -117,7 +118,10 @@ def _indicators(side: Side, rows: int) -> tuple[np.ndarray, np.ndarray]:
         if number < rows:
             tokens[number] = True
             reserved[number] = is_reserved(side.keys.text(number))
-    return badly_trained(side.read(side.embedding), None if side.head is None else side.read(side.head), tokens, reserved)
+    head = None if side.head is None else side.read(side.head)[:rows]
+    if head is not None and len(head) < rows:  # the embedding alone is padded
+        head = torch.cat([head, head.new_zeros(rows - len(head), head.shape[1])])
+    return badly_trained(side.read(side.embedding), head, tokens, reserved)
 
 
 def _warnings(transplant: Transplant) -> list[str]:
@@ -217,8 +221,9 @@ def _need(transplant: Transplant, which: str) -> int:
     batch = min(settings.batch_size if settings.batch_size > 0 else wanted, wanted)
     method = METHODS[settings.method]
     at_once = batch * (3 * anchors + (settings.k * (width + own[1]) * 2 if method.k else 0))
-    whole = (wanted + anchors) * (width + own[1]) * (1 if method.k else 6) + 8 * (width + 3 * own[1]) ** 2
-    return 4 * (at_once + whole)
+    columns = width + (3 * own[1] if settings.method == "composed" else 0)
+    whole = (wanted + anchors) * (width + own[1]) * (1 if method.k else 2 if settings.method == "composed" else 6)
+    return 4 * (at_once + whole + 8 * max(columns, own[1]) ** 2 + 6 * CHUNK * columns)
 
 
 def files_of(transplant: Transplant) -> dict[str, bytes | Path]:
@@ -228,6 +233,8 @@ def files_of(transplant: Transplant) -> dict[str, bytes | Path]:
     files = {name: file for name, file in carried(donor.folder, rewritten=rewritten)[0].items()
              if name != GENERATION and not is_processor(name)}
     files |= {name: file for name, file in carry_tokenizer(model.folder).items() if is_processor(name)}
+    if "auto_map" in model.config:  # the model's own code, copied and never run
+        files |= {path.name: path for path in model.folder.glob("*.py")}
     task = transplant.tasks["embed"]
     new_ids = {int(task.matches.row[n]): int(n) for n in reversed(task.matches.of(EXACT))}
     roles = {role: donor.vocabulary.ids[token] for role, token in roles_of(donor.vocabulary).items()}
@@ -257,8 +264,9 @@ def transplant_vocabulary(model: str, donor: str, out: Path, settings: Settings 
     Args:
         model, donor: folders or Hub ids (`NAME@REVISION`). The donor may be a tokenizer without weights where the method needs
             none of them (METHODS).
-        settings: method and matching; by default the peer's.
+        settings: method and matching; by default `Settings()`.
         max_shard_size, threads, memory, progress: as `make_model`.
+        warn: told what the user should know.
     Raises:
         RecipeError, ModelError, CorruptedError, OutputError.
     """

@@ -110,12 +110,22 @@ def _with_weights(side: Side, what: str) -> Side:
         raise ModelError(f"{what} {side.label}: wanted one input embedding and at most one head, found "
                          f"{_listed(inputs)} and {_listed(heads)}. A vocabulary is moved in models of one text tower; take "
                          "its language model out first.")
+    if not heads and (lost := [n for n, place in places.items() if place.layer is None and n.split(".")[-2:-1] == ["lm_head"]
+                               and n.endswith(".weight")]):
+        raise ModelError(f"{what} {side.label}: {lost[0]} has {checkpoint.tensors[lost[0]].shape[0]} rows, and "
+                         f"{inputs[0]} has {counting[inputs[0]][0]}: which of its rows are which tokens cannot be told. Save "
+                         "the model anew with transformers.")
     biases = [n for n, shape in counting.items() if len(shape) == 1]
     odd = [n for n in [*inputs, *heads, *biases] if checkpoint.tensors[n].dtype not in FLOATS]
     if odd:
         raise ModelError(f"{what} {side.label}: {', '.join(odd)} is {checkpoint.tensors[odd[0]].dtype}, wanted one of "
                          f"{', '.join(FLOATS)}.")
     head = heads[0] if heads else None
+    if head is not None and counting.get(head, checkpoint.tensors[head].shape)[0] < counting[inputs[0]][0]:
+        least = max(side.vocabulary.ids.values(), default=-1) + 1
+        if checkpoint.tensors[head].shape[0] < least:
+            raise ModelError(f"{what} {side.label}: {head} has {checkpoint.tensors[head].shape[0]} rows, and the tokenizer has "
+                             f"ids up to {least - 1}, which {inputs[0]} has rows for. Save the model anew with transformers.")
     dropped: tuple[str, ...] = ()
     if head is not None and checkpoint.ties_embeddings and checkpoint.read(head).equal(checkpoint.read(inputs[0])):
         dropped = (head,)
