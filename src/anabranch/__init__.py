@@ -13,6 +13,8 @@ _PUBLIC = {
     "build_mixture": "mixture", "measure_gradients": "gradients",
     "inner_products": "conflict", "analyse": "conflict", "partition": "partition", "make_plan": "plan",
     "train_branch": "branches", "merge_checkpoints": "engine.merging", "verify": "engine.merging",
+    "merge_family": "engine.family", "merge_tensors": "engine.raw", "merge_adapters": "lora.combine",
+    "build_experts": "experts.build", "match_experts": "experts.match", "transplant_vocabulary": "transplant.moving",
     "evaluate_model": "evaluate",
     "harness_scores": "harness", "parse_arms": "compare", "run_comparison": "compare",
     "compare_operators": "operators", "run_pilot": "pilot",

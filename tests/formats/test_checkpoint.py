@@ -78,7 +78,7 @@ def test_no_weights_says_what_is_there(tmp_path):
     text = message(ModelError, tmp_path)
     assert "pytorch_model.bin" in text and "Pickle files are refused" in text and "save_pretrained" in text
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "LoRA adapter" in message(ModelError, tmp_path)
+    assert "lora apply BASE ADAPTER" in message(ModelError, tmp_path)
 
 
 def test_no_config(tmp_path):

@@ -44,6 +44,7 @@ FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB]
 # in memory, language_model.model.layers in the file); names that differ only in these may be one tensor.
 WRAPPERS = {"model", "base_model", "module", "transformer", "language_model", "text_model", "vision_model", "backbone",
             "gpt_neox", "bert", "roberta", "_orig_mod", "_fsdp_wrapped_module"}
+DORA = "Fold it once, `anabranch lora apply BASE ADAPTER FOLDER`, and merge the result."
 ONCE = ("Fold it with PEFT once, and merge the result: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
         ".save_pretrained(folder).")
 EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|shared|tok_embeddings)\.weight$")
@@ -255,9 +256,10 @@ def _refusals(config: Mapping[str, Any], base: Checkpoint, shapes: Mapping[str, 
     kind = config.get("peft_type")
     if kind != "LORA":
         problems.append(f"{CONFIG}: `peft_type` is {kind!r}, and only LORA can be folded here. {ONCE}")
-    problems += [f"{CONFIG}: `{key}` is set: {why}. {ONCE}" for key, why in REFUSED.items() if config.get(key)]
+    problems += [f"{CONFIG}: `{key}` is set: {why}. {DORA if key == 'use_dora' else ONCE}" for key, why in REFUSED.items()
+                 if config.get(key)]
     if not config.get("use_dora") and any(MAGNITUDE in key for key in shapes):
-        problems.append(f"{WEIGHTS} has DoRA's magnitude vectors: {REFUSED['use_dora']}. {ONCE}")
+        problems.append(f"{WEIGHTS} has DoRA's magnitude vectors: {REFUSED['use_dora']}. {DORA}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
         problems.append(

@@ -261,8 +261,9 @@ def _no_weights(folder: Path) -> str:
     shown = ", ".join(names[:12]) + (f", and {len(names) - 12} more" if len(names) > 12 else "")
     message = f"model folder without weights: {folder} has no {WEIGHTS} and no {INDEX}. It holds: {shown or 'nothing'}."
     if "adapter_config.json" in names:
-        return message + (" This is a LoRA adapter, not a model: apply it to its base first "
-                          "(peft: `model.merge_and_unload().save_pretrained(folder)`).")
+        return message + (" This is an adapter, not a model: write BASE+ADAPTER in a merge, fold it in for good "
+                          "(`anabranch lora apply BASE ADAPTER FOLDER`), or merge adapters with each other (`anabranch lora "
+                          "merge`).")
     if any(name.endswith(PICKLES) for name in names):
         return message + (" Pickle files are refused, since loading one can run any program. Where you trust them, "
                           "`anabranch merge --allow-pickle` reads them (tensors only), or convert them once: "

@@ -44,9 +44,9 @@ CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
 SHORTEST_TEMPLATE = 20
 # Keys of configs for other tools.
 FOREIGN = {
-    "experts": "it makes a mixture of experts (mergekit-moe), which is no merge",
-    "gate_mode": "it makes a mixture of experts (mergekit-moe), which is no merge",
-    "genome": "it is of mergekit-evolve, which writes configs and reads other ones",
+    "experts": "it makes a mixture of experts: `anabranch experts CONFIG OUT`",
+    "gate_mode": "it makes a mixture of experts: `anabranch experts CONFIG OUT`",
+    "genome": "it is of mergekit-evolve, which looks for a merge: `anabranch search CONFIG OUT`",
 }
 SHOWN = 40
 T = TypeVar("T")
