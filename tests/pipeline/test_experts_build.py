@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from anabranch import cli_experts
 from anabranch.errors import AnabranchError, ModelError, OutputError, RecipeError, ShapeMismatch
+from anabranch.experts import build
 from anabranch.experts.build import Options, build_experts, forecast_experts
 from tiny_experts import HIDDEN, LAYERS, PROMPTS, WIDTH, SlowMixture, config_of, load, write_models
 
@@ -192,6 +193,100 @@ def test_again_does_nothing_and_a_changed_expert_is_seen(llama: Models, tmp_path
         build_experts(config, tmp_path / "out")
 
 
+def test_again_makes_no_router_first(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where what is there is of other settings, or nothing of ours."""
+    base, experts = write_models(tmp_path, tiny_base, "llama", 2)
+    (tmp_path / "texts.txt").write_text("one two three\n" * 3)
+    options = Options(calibration=tmp_path / "texts.txt", steps=2)
+    first = build_experts(config_of(base, experts), tmp_path / "out", options)
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("routers are made again")
+
+    monkeypatch.setattr(build, "_routed", never)
+    assert build_experts(config_of(base, experts), tmp_path / "out", options) == first
+    with pytest.raises(OutputError, match="settings"):
+        build_experts(config_of(base, experts), tmp_path / "out", Options(calibration=tmp_path / "texts.txt", steps=3))
+    (tmp_path / "out/manifest.json").write_text("{}")
+    with pytest.raises(OutputError, match="no readable"):
+        build_experts(config_of(base, experts), tmp_path / "out", options)
+    (tmp_path / "out/manifest.json").unlink()
+    with pytest.raises(OutputError, match="something else"):
+        build_experts(config_of(base, experts), tmp_path / "out", options)
+
+
+def test_memory_for_routers_is_told_and_held_to(llama: Models, tmp_path: Path) -> None:
+    base, experts = llama
+    (tmp_path / "texts.txt").write_text("one two three\n" * 3)
+    config, asked = config_of(base, experts), Options(calibration=tmp_path / "texts.txt")
+    plan = build._plan(config, Options())
+    layer = (4 * 3 * HIDDEN * WIDTH + 2 * HIDDEN + 4 * HIDDEN + HIDDEN * (2 * HIDDEN + 2 * HIDDEN // 2)) * 4
+    assert build._router_bytes(plan) == layer + 2 * 4 * 4 * HIDDEN * WIDTH
+    total, _ = build._parameters(plan)
+    assert build._router_bytes(build._plan(config, asked)) == 4 * total + 2 * 4 * 4 * HIDDEN * WIDTH
+    assert any("memory for routers" in text for text in forecast_experts(config, tmp_path / "out"))
+    for options, words in ((Options(), "holds a layer"), (asked, "the whole mixture")):
+        with pytest.raises(RecipeError, match=words):
+            build_experts(config, tmp_path / "out", options, memory="1MB")
+    for entry in config["experts"]:
+        del entry["positive_prompts"]
+    lines = forecast_experts(config | {"gate_mode": "random"}, tmp_path / "out")
+    assert not any("memory for routers" in text for text in lines)
+
+
+def test_an_adapter_of_attention_alone_makes_no_expert_and_that_is_told(llama: Models, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base, experts = llama
+    for name, targets in (("attention", ["q_proj", "v_proj"]), ("both", ["q_proj", "up_proj"])):
+        peft.get_peft_model(load(base), peft.LoraConfig(r=2, init_lora_weights=False, target_modules=targets)
+                            ).save_pretrained(tmp_path / name)
+    config = config_of(base, [experts[0], Path(f"{base}+{tmp_path}/attention"), Path(f"{base}+{tmp_path}/both"), experts[1]])
+    said: list[str] = []
+    forecast_experts(config, tmp_path / "out", warn=said.append)
+    told = [text for text in said if "changes nothing in the feed-forward" in text]
+    assert len(told) == 1 and told[0].startswith("experts[1]")
+
+
+def test_windows_of_other_layouts(tmp_path: Path, tiny_base: Path) -> None:
+    base, _ = write_models(tmp_path / "mistral", tiny_base, "mistral", 0, sliding_window=3)
+    build_experts(config_of(base, [base, base], gate_mode="random", architecture="qwen"), tmp_path / "qwen")
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "qwen")(input_ids=IDS).logits, load(base)(input_ids=IDS).logits)
+    said: list[str] = []
+    config = config_of(base, [base, base], gate_mode="random", architecture="deepseek")
+    forecast_experts(config, tmp_path / "x", warn=said.append)
+    assert any("sees 3 tokens back, and DeepSeek MoE's all of them" in text for text in said)
+    mixed, _ = write_models(tmp_path / "mixed", tiny_base, "qwen3", 0, use_sliding_window=True, sliding_window=3,
+                            max_window_layers=1)
+    with pytest.raises(ModelError, match="one kind for all"):
+        forecast_experts(config_of(mixed, [mixed, mixed], gate_mode="random"), tmp_path / "x")
+
+
+@pytest.mark.parametrize(("kind", "architecture"), [("llama", "mixtral"), ("llama", "deepseek"), ("mistral", "qwen")])
+def test_heads_of_their_own_size_and_scaled_positions(kind: str, architecture: str, tmp_path: Path, tiny_base: Path) -> None:
+    """Neither is in a config by default: lost, the mixture would compute something else, or not load."""
+    rope = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8}
+    base, _ = write_models(tmp_path, tiny_base, kind, 0, head_dim=8, rope_parameters=rope)
+    build_experts(config_of(base, [base, base], gate_mode="random", architecture=architecture), tmp_path / "out")
+    model, dense = load(tmp_path / "out"), load(base)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS).logits, dense(input_ids=IDS).logits, atol=2e-6, rtol=1e-4)
+        written = [one.generate(IDS[:1], max_new_tokens=12, do_sample=False, eos_token_id=None) for one in (model, dense)]
+    assert written[0].equal(written[1])  # by way of the cache
+
+
+def test_which_layout_is_taken_where_several_fit_is_told(llama: Models, tmp_path: Path) -> None:
+    """Mixtral is taken in silence, as by the peer; else the first that fits."""
+    base, experts = llama
+    said: list[str] = []
+    config = config_of(base, experts[:2], gate_mode="random")
+    assert "Mixtral" in forecast_experts(config, tmp_path / "out", warn=said.append)[0] and not said
+    config["shared_experts"] = [{"source_model": str(experts[2])}]
+    assert "DeepSeek" in forecast_experts(config, tmp_path / "out", warn=said.append)[0]
+    assert said == ["the models fit DeepSeek MoE, Qwen MoE; DeepSeek MoE is taken. Say which with `architecture`"]
+
+
 BROKEN: dict[str, tuple[dict[str, Any], type[AnabranchError], str]] = {
     "gate mode": ({"gate_mode": "hiden"}, RecipeError, "hidden"),
     "too few": ({"experts_per_token": 4}, RecipeError, "each token is to pass 4 experts"),
@@ -260,6 +355,14 @@ def test_models_that_do_not_fit_together(llama: Models, qwen2: Models, tmp_path:
     with pytest.raises(ShapeMismatch) as raised:
         build_experts(config_of(llama[0], [llama[1][0], wide, deep, fat]), tmp_path / "out")
     assert all(words in str(raised.value) for words in ("32 wide", "3 layers", "wanted a hidden size of 16"))
+    silent, other = write_models(tmp_path / "silent", tiny_base, "llama", 1)
+    for folder, act in ((silent, None), (other[0], "gelu")):  # the class's own, silu; and another one
+        said = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k != "hidden_act"}
+                                                       | ({"hidden_act": act} if act else {})))
+    forecast_experts(config_of(llama[0], [llama[1][0], silent]), tmp_path / "out")
+    with pytest.raises(ShapeMismatch, match="activation is gelu, the base's silu"):
+        build_experts(config_of(llama[0], [llama[1][0], silent, other[0]]), tmp_path / "out")
     with pytest.raises(RecipeError, match="several kinds"):
         build_experts(config_of(llama[0], [llama[1][0], qwen2[1][0]]), tmp_path / "out")
     biased, _ = write_models(tmp_path / "biased", tiny_base, "llama", 0, mlp_bias=True)
@@ -269,6 +372,8 @@ def test_models_that_do_not_fit_together(llama: Models, qwen2: Models, tmp_path:
     assert "DeepSeek" in forecast_experts(config_of(attended, more), tmp_path / "out")[0]
     with pytest.raises(RecipeError, match="no biases"):
         build_experts(config_of(attended, more, architecture="mixtral"), tmp_path / "out")
+    with pytest.raises(RecipeError, match="no bias on the output"):
+        build_experts(config_of(attended, more, architecture="qwen moe"), tmp_path / "out")
 
 
 def test_a_config_that_its_weights_belie(llama: Models, tmp_path: Path, tiny_base: Path) -> None:
@@ -315,6 +420,12 @@ def test_the_command(llama: Models, tmp_path: Path) -> None:
     load(tmp_path / "out")
     run = CliRunner().invoke(cli_experts.app, [str(config), str(tmp_path / "other"), "--json"], catch_exceptions=False)
     assert json.loads(run.stdout.splitlines()[-1])["router"]["before"]["experts"] == 4
+    run = CliRunner().invoke(cli_experts.app, [str(config), str(tmp_path / "x"), "--steps", "3", "--learning-rate", "0.1"])
+    assert isinstance(run.exception, RecipeError) and "--steps, --learning-rate" in str(run.exception)
+    (tmp_path / "few.txt").write_text("one two three\n")
+    run = CliRunner().invoke(cli_experts.app, [str(config), str(tmp_path / "few"), "--steps", "3", "--calibrate",
+                                               str(tmp_path / "few.txt")], catch_exceptions=False)
+    assert "3 steps" in run.stdout and "on 1 texts, the same that it was trained on" in run.stdout
     (tmp_path / "bad.yaml").write_text("base_model: [1\n")
     run = CliRunner().invoke(cli_experts.app, ["build", str(tmp_path / "bad.yaml"), str(tmp_path / "x"), "--json"])
     assert run.exit_code == 2 and json.loads(run.stdout)["kind"] == "RecipeError"

@@ -111,6 +111,60 @@ def test_what_cannot_be_matched(tmp_path: Path, tiny_base: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def rewritten(folder: Path, into: Path, change: Any) -> Path:
+    shutil.copytree(folder, into, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "manifest.json"))
+    tensors = tensors_of(folder)
+    change(tensors)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, into / "model.safetensors", metadata={"format": "pt"})
+    return into
+
+
+@pytest.mark.parametrize("name", ["mlp.e_score_correction_bias", "mlp.expert_bias", "mlp.gate.e_score_correction_bias",
+                                  "mlp.router.bias"])
+def test_what_is_added_to_scores_moves_with_its_expert(name: str, tmp_path: Path, tiny_base: Path) -> None:
+    base, experts = write_models(tmp_path / "dense", tiny_base, "llama", 4)
+    build_experts(config_of(base, experts), tmp_path / "plain")
+    at = [f"model.layers.{layer}.{name}" for layer in range(LAYERS)]
+    first = rewritten(tmp_path / "plain", tmp_path / "a", lambda t: t.update({n: torch.arange(4.0) for n in at}))
+    shuffled = permuted(tmp_path / "plain", tmp_path / "shuffled")
+    other = rewritten(shuffled, tmp_path / "b", lambda t: t.update(
+        {n: torch.arange(4.0)[ORDERS[layer]] for layer, n in enumerate(at)}))
+    match_experts(str(first), str(other), tmp_path / "out")
+    found = tensors_of(tmp_path / "out")
+    assert all(found[n].equal(torch.arange(4.0)) for n in at)
+
+
+def test_tensors_that_may_count_experts_are_not_left_behind(tmp_path: Path, tiny_base: Path) -> None:
+    base, experts = write_models(tmp_path / "dense", tiny_base, "llama", 4)
+    build_experts(config_of(base, experts), tmp_path / "a")
+    for number, (name, shape) in enumerate((("mlp.moe_statics.e_score_correction_bias", (1, 4)), ("mlp.scale_of_each", (4,)))):
+        odd = rewritten(tmp_path / "a", tmp_path / f"odd{number}", lambda t, n=name, s=shape: t.update(
+            {f"model.layers.0.{n}": torch.zeros(s)}))
+        with pytest.raises(ModelError, match=r"is not known|were not found"):
+            match_experts(str(odd), str(odd), tmp_path / "out")
+    bare = rewritten(tmp_path / "a", tmp_path / "bare", lambda t: t.update(
+        {"model.layers.0.mlp.expert_bias": t.pop("model.layers.0.mlp.gate.weight")[:, 0]}))
+    with pytest.raises(ModelError, match="a router with a row for each"):
+        match_experts(str(bare), str(bare), tmp_path / "out")
+    harmless = rewritten(tmp_path / "a", tmp_path / "harmless", lambda t: t.update(
+        {"model.layers.0.mlp.norm.weight": torch.zeros(16), "model.layers.0.self_attn.sinks": torch.zeros(4)}))
+    assert match_experts(str(harmless), str(harmless), tmp_path / "out", dry_run=True)[2]
+
+
+def test_experts_that_are_not_alike_or_not_finite(tmp_path: Path, tiny_base: Path) -> None:
+    base, experts = write_models(tmp_path / "dense", tiny_base, "qwen2", 3)
+    build_experts(config_of(base, experts), tmp_path / "a")
+    at = "model.layers.1.mlp.experts.2."
+    lacking = rewritten(tmp_path / "a", tmp_path / "lacking", lambda t: t.pop(at + "up_proj.weight"))
+    wide = rewritten(tmp_path / "a", tmp_path / "wide", lambda t: t.update(
+        {at + "up_proj.weight": torch.zeros(30, 16), at + "gate_proj.weight": torch.zeros(30, 16)}))
+    broken = rewritten(tmp_path / "a", tmp_path / "broken", lambda t: t[at + "up_proj.weight"].fill_(float("nan")))
+    for folder, words in ((lacking, "not all the same tensors"), (wide, "not all the same tensors"), (broken, "NaN or inf")):
+        with pytest.raises(ModelError, match=words):
+            match_experts(str(folder), str(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command(tmp_path: Path, tiny_base: Path) -> None:
     base, experts = write_models(tmp_path / "dense", tiny_base, "llama", 4)
     build_experts(config_of(base, experts), tmp_path / "a")

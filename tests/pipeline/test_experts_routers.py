@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from anabranch.errors import ModelError, RecipeError
-from anabranch.experts import balance
+from anabranch.experts import balance, build, routers
 from anabranch.experts.build import Options, build_experts
-from anabranch.experts.calibrate import calibrate
+from anabranch.experts.calibrate import _split, calibrate
 from anabranch.experts.routers import degenerate
 from anabranch.experts.texts import read_texts
 from tiny_experts import HIDDEN, LAYERS, PROMPTS, config_of, load, write_models
@@ -94,6 +94,37 @@ def test_router_rows_are_those_of_hidden_states(mode: str, models: Models, tmp_p
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
 
 
+def test_a_prompt_begins_with_bos_once_and_is_padded_with_it(models: Models) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS[1]]
+    width = max(map(len, plain))
+    assert len({len(row) for row in plain}) == 2
+    for bos, pad in (("<pad>", tokenizer.pad_token_id), (None, tokenizer.eos_token_id)):
+        tokenizer.bos_token = bos
+        begin = [tokenizer.bos_token_id] if bos else []
+        found = routers.tokenized(PROMPTS[1], tokenizer, "experts[1]")
+        assert found.ids.tolist() == [[pad] * (width - len(row)) + begin + row for row in plain]
+        assert found.mask.sum(1).tolist() == [len(begin + row) for row in plain]
+
+
+@pytest.mark.parametrize("mode", ["hidden", "mlp_input"])
+@torch.no_grad()
+def test_the_gate_of_a_shared_expert_is_of_its_own_prompts(mode: str, models: Models, tmp_path: Path) -> None:
+    """Centred, it is measured from the mean of the experts, to which it does not belong."""
+    base, experts = models
+    config = config_of(base, experts[:3], gate_mode=mode)
+    config["shared_experts"] = [{"source_model": str(experts[3]), "positive_prompts": PROMPTS[3]}]
+    build_experts(config, tmp_path / "out")
+    tensors = {n: t for file in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(file).items()}
+    sides = [slow_h(base, mode, list(p), torch.float32) for p in PROMPTS]
+    for layer in range(LAYERS):
+        h = torch.stack([side[layer] for side in sides])
+        h = h - h[:3].mean(0) if mode == "mlp_input" else h
+        wanted = h / h.norm(dim=1, keepdim=True)
+        found = [tensors[f"model.layers.{layer}.mlp.{name}.weight"] for name in ("gate", "shared_expert_gate")]
+        torch.testing.assert_close(torch.cat(found), wanted, atol=2e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["hidden", "hidden_avg"])
 @torch.no_grad()
 def test_the_peers_dialect_counts_padding_and_computes_in_bfloat16(mode: str, models: Models,
@@ -106,6 +137,7 @@ def test_the_peers_dialect_counts_padding_and_computes_in_bfloat16(mode: str, mo
         h = torch.stack([slow_h(base, mode, list(p), torch.bfloat16, literal=True)[layer] for p in PROMPTS])
         wanted = (h / h.norm(dim=1, keepdim=True)).float()
         torch.testing.assert_close(rows, wanted, atol=0.01, rtol=0.02)
+        assert rows.equal(rows.bfloat16().float())
         if mode == "hidden_avg":
             assert not torch.allclose(rows, rows_of(tmp_path / "native")[layer], atol=0.02)
 
@@ -163,6 +195,56 @@ def test_the_report_counts_what_the_model_chooses(models: Models, tmp_path: Path
         assert one["own"] == pytest.approx(sum(own[layer][e] / tokens[e] for e in range(4)) / 4, abs=1e-3)
 
 
+def test_rows_of_centred_prompts_are_no_false_alarm(models: Models, tmp_path: Path) -> None:
+    """Centred, one row always follows from the others; what counts is how dependent the rest is."""
+    centred = torch.tensor([[1.0, 0.0, 0.0], [-0.5, 0.9, 0.0], [-0.5, -0.9, 0.0]])
+    assert degenerate({0: centred}) and degenerate({0: centred}, centred=True) == []
+    assert degenerate({0: torch.tensor([[1.0, 0.0], [-1.0, 0.0]])}, centred=True) == []
+    flat = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.01, 0.0], [-1.0, -0.01, 0.0]])
+    told = degenerate({0: flat}, centred=True)
+    assert told and "mlp_input" not in told[0] and "mlp_input" in degenerate({0: flat})[0]
+    base, experts = models
+    said: list[str] = []
+    build_experts(config_of(base, experts[:2], gate_mode="mlp_input"), tmp_path / "out", warn=said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg", "mlp_input"])
+def test_prompts_in_pieces_give_the_same_rows(mode: str, models: Models, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = models
+    build_experts(config_of(base, experts, gate_mode=mode), tmp_path / "whole")
+    seen: list[int] = []
+    real = routers.run_layers
+    monkeypatch.setattr(routers, "AT_ONCE", 1)
+    monkeypatch.setattr(routers, "run_layers", lambda *a, **k: (seen.extend(len(b.ids) for b in a[2]), real(*a, **k))[1])
+    build_experts(config_of(base, experts, gate_mode=mode), tmp_path / "pieces")
+    assert seen == [1] * sum(map(len, PROMPTS))
+    for one, other in zip(rows_of(tmp_path / "whole"), rows_of(tmp_path / "pieces"), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-4)
+
+
+def test_routing_is_measured_in_groups_of_texts_that_fit(models: Models, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = models
+    whole = build_experts(config_of(base, experts), tmp_path / "whole").report["router"]
+    runs: list[int] = []
+    real = build.run_layers
+    monkeypatch.setattr(build, "STATES", 1)
+    monkeypatch.setattr(build, "run_layers", lambda *a, **k: (runs.append(len(a[2])), real(*a, **k))[1])
+    assert build_experts(config_of(base, experts), tmp_path / "groups").report["router"] == whole
+    assert runs == [1] * sum(map(len, PROMPTS))
+
+
+def test_texts_that_are_cut_are_told(models: Models, tmp_path: Path) -> None:
+    base, experts = models
+    (tmp_path / "long.txt").write_text("one two three " * 300 + "\nshort\n")
+    config, said = config_of(base, experts, gate_mode="random"), []
+    report = build_experts(config, tmp_path / "out", Options(prompts=tmp_path / "long.txt"), warn=said.append).report
+    assert any("1 of 2 texts are longer than 512 tokens" in text for text in said)
+    assert 512 < report["router"]["before"]["tokens"] < 530
+
+
 def test_balance_at_its_ends() -> None:
     even, one = balance.Tally(4, 0), balance.Tally(4, 0)
     even.add(0, None, torch.arange(4).repeat(5)[:, None])
@@ -203,6 +285,19 @@ def test_calibration_trains_router_rows_alone(chosen: int, models: Models, texts
     assert [report["calibration"][key] for key in ("loss_before", "loss_after")] == pytest.approx(nats, abs=2e-4)
 
 
+@torch.no_grad()
+def routing_of(model: Any, texts: list[list[int]]) -> dict[str, float]:
+    tally = balance.Tally(4, 0)
+    hooks = [layer.mlp.gate.register_forward_hook(lambda _m, _i, out, n=n: tally.add(n, None, out[2]))
+             for n, layer in enumerate(model.model.layers)]
+    for ids in texts:
+        model(input_ids=torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    mean: dict[str, float] = tally.report()["mean"]
+    return mean
+
+
 def test_calibration_spreads_tokens_if_asked(models: Models, texts: Path, tmp_path: Path) -> None:
     base, experts = models
     build_experts(config_of(base, experts, gate_mode="uniform_random", experts_per_token=1), tmp_path / "out")
@@ -212,11 +307,62 @@ def test_calibration_spreads_tokens_if_asked(models: Models, texts: Path, tmp_pa
         model(input_ids=torch.tensor([ids[0]]))
         for layer, given in zip(model.model.layers, seen, strict=True):  # one expert draws all
             layer.mlp.gate.weight[0] = given.mean(0) * 0.3
-    before = balance.measure(model, [(None, i) for i in ids]).report()["mean"]
-    calibrate(model, ids, 60, balance=10.0)
-    after = balance.measure(model, [(None, i) for i in ids]).report()["mean"]
-    assert after["entropy"] > before["entropy"] + 0.1 and after["max_load"] < before["max_load"] - 0.5
+    start = [layer.mlp.gate.weight.clone() for layer in model.model.layers]
+    before, after = routing_of(model, ids), {}
+    for balanced in (0.0, 10.0):
+        with torch.no_grad():
+            for layer, weight in zip(model.model.layers, start, strict=True):
+                layer.mlp.gate.weight.copy_(weight)
+        calibrate(model, ids, 30, balance=balanced)
+        after[balanced] = routing_of(model, ids)
+    assert after[10.0]["entropy"] > max(before["entropy"], after[0.0]["entropy"]) + 0.05
+    assert after[10.0]["max_load"] < min(before["max_load"], after[0.0]["max_load"]) - 0.2
     assert model.model.layers[0].mlp.gate.top_k == 1
+
+
+def test_what_is_measured_after_a_calibration_is_what_is_written(models: Models, texts: Path, tmp_path: Path) -> None:
+    """Rows are trained in float32 and written in bfloat16: the loss told is that of the rounded ones."""
+    base, experts = models
+    build_experts(config_of(base, experts, dtype="bfloat16"), tmp_path / "out")
+    model, tokenizer = load(tmp_path / "out"), AutoTokenizer.from_pretrained(base)
+    ids = [tokenizer(t)["input_ids"] for t in read_texts(texts, "--prompts")]
+    rows, told = calibrate(model, ids, 3, rounded=torch.bfloat16)
+    assert all(row.equal(row.bfloat16().float()) for row in rows.values())
+    assert all(model.model.layers[i].mlp.gate.weight.equal(row) for i, row in rows.items())
+    report = build_experts(config_of(base, experts, dtype="bfloat16"), tmp_path / "trained",
+                           Options(calibration=texts, steps=3)).report["calibration"]
+    assert report["loss_after"] == told["loss_after"] and report["held_out"] and report["measured"] == 10
+    assert all(t.equal(rows[i].bfloat16()) for i, t in enumerate(rows_of(tmp_path / "trained")))
+
+
+def test_held_out_is_said_of_texts_that_were_held_out_alone(models: Models, tmp_path: Path) -> None:
+    build_experts(config_of(*models), tmp_path / "out")
+    model = load(tmp_path / "out")
+
+    def held_out(texts: list[list[int]]) -> tuple[int, bool]:
+        told = calibrate(model, texts, 1)[1]
+        return told["measured"], told["held_out"]
+
+    assert held_out([[i, i + 1, i + 2] for i in range(15)]) == (15, False)
+    assert held_out([[i, i + 1, i + 2] for i in range(16)]) == (2, True)
+    assert held_out([[5, 6, 7]] * 20) == (20, False)  # all the same: none can be kept out
+    kept, trained, apart = _split([[i % 8, 1] for i in range(40)] + [[9, 9]])
+    assert apart and [7, 1] in kept and [7, 1] not in trained and len(trained) == 36
+
+
+def test_calibrations_that_cannot_be(models: Models, texts: Path, tmp_path: Path) -> None:
+    base, experts = models
+    for rate, weight in ((math.nan, 0.0), (1e38, 0.0), (0.1, math.inf), (-1.0, 0.0)):
+        with pytest.raises(RecipeError, match="wanted a number from 0"):
+            build_experts(config_of(base, experts), tmp_path / "out",
+                          Options(calibration=texts, learning_rate=rate, balance=weight))
+    few, small = write_models(tmp_path / "few", Path(base), "llama", 2, vocab_size=50)
+    config = config_of(few, small, gate_mode="random")
+    for entry in config["experts"]:
+        del entry["positive_prompts"]
+    with pytest.raises(ModelError, match="has no embedding"):
+        build_experts(config, tmp_path / "out", Options(calibration=texts))
+    assert not (tmp_path / "out").exists()
 
 
 def test_texts_that_cannot_be_used(models: Models, tmp_path: Path) -> None:

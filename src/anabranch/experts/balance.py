@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ROUTERS = ("mlp.gate", "block_sparse_moe.router", "block_sparse_moe.gate", "mlp.router")
+ROUTERS = ("mlp.gate", "block_sparse_moe.router")  # of the classes in `layouts`
 
 
 @dataclass
@@ -88,27 +88,6 @@ def routers_of(model: Any) -> dict[int, Any]:
                 found[number] = modules[name]
                 break
     return found
-
-
-@torch.no_grad()
-def measure(model: Any, texts: Sequence[tuple[int | None, Sequence[int]]], owners: int = 0) -> Tally:
-    """Routing of a loaded model over texts: (owner or None, token ids), one after the other."""
-    routers = routers_of(model)
-    tally = Tally(max((int(router.weight.shape[0]) for router in routers.values()), default=0), owners)
-    owner: list[int | None] = [None]
-
-    def keeper(layer: int) -> Callable[[Any, Any, Any], None]:
-        return lambda _m, _i, output: tally.add(layer, owner[0], choices_of(output))
-
-    hooks = [router.register_forward_hook(keeper(layer)) for layer, router in routers.items()]
-    where = next(model.parameters()).device
-    try:
-        for owner[0], ids in texts:
-            model.model(input_ids=torch.tensor([list(ids)], device=where), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return tally
 
 
 def words(label: str, report: Mapping[str, Any]) -> list[str]:

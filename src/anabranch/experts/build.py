@@ -78,7 +78,8 @@ def build_experts(config: Path | str | Mapping[str, Any], out: Path | str, optio
     them, and those that one token passes.
 
     Raises:
-        RecipeError, ModelError, ShapeMismatch, CorruptedError: config and models, before anything is written.
+        RecipeError, ModelError, ShapeMismatch, CorruptedError: config, models and texts, or routers that need more memory
+            than there is; before anything is written.
         OutputError: see `making.make_model`.
     """
     options = options or Options()

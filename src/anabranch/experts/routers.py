@@ -30,6 +30,7 @@ from anabranch.rows import generator
 FLOOR = 1e-8
 DEGENERATE = 5.0
 MLP_INPUT = "mlp"
+AT_ONCE = 4096
 
 
 def drawn_rows(mode: str, rows: int, layers: int, hidden: int, seed: int) -> dict[int, Tensor]:
@@ -94,14 +95,14 @@ def _embedded(batches: Sequence[Tokens], read: Read) -> list[Tensor]:
 
 def _hidden(config: Config, batches: Sequence[Tokens], model: Any, read: Read, threads: int) -> list[dict[int, Tensor]]:
     """For each batch: layer -> [H]."""
-    found: list[dict[int, Tensor]] = [{} for _ in batches]
     literal = config.literal
+    pieces = [(i, piece) for i, batch in enumerate(batches) for piece in ([batch] if literal else _pieces(batch))]
+    sums: list[dict[int, Tensor]] = [{} for _ in pieces]
 
     def watch(layer: int, i: int, state: Tensor, seen: Any) -> None:
-        mask = batches[i].mask.to(state.dtype)[..., None]
+        mask = pieces[i][1].mask.to(state.dtype)[..., None]
         if config.gate_mode == "mlp_input":
-            given = seen[MLP_INPUT][0].reshape(state.shape)
-            found[i][layer] = (given * mask).sum((0, 1)) / mask.sum()
+            sums[i][layer] = (seen[MLP_INPUT][0].reshape(state.shape) * mask).sum((0, 1))
             return
         if config.gate_mode != "hidden_avg":
             of_prompts = state[:, -1]
@@ -109,11 +110,21 @@ def _hidden(config: Config, batches: Sequence[Tokens], model: Any, read: Read, t
             of_prompts = state.sum(1) / state.shape[1]
         else:
             of_prompts = (state * mask).sum(1) / mask.sum(1)
-        found[i][layer] = of_prompts.sum(0) / len(of_prompts)
+        sums[i][layer] = of_prompts.sum(0)
 
-    run_layers(model, read, batches, watch, dtype=torch.bfloat16 if literal else torch.float32,
+    run_layers(model, read, [piece for _, piece in pieces], watch, dtype=torch.bfloat16 if literal else torch.float32,
                watched=(MLP_INPUT,) if config.gate_mode == "mlp_input" else (), threads=threads)
-    return found
+    found: list[dict[int, Tensor]] = [{} for _ in batches]
+    for (i, _), one in zip(pieces, sums, strict=True):
+        found[i] = {layer: found[i][layer] + part if layer in found[i] else part for layer, part in one.items()}
+    counts = [int(batch.mask.sum()) if config.gate_mode == "mlp_input" else len(batch.ids) for batch in batches]
+    return [{layer: total / count for layer, total in one.items()} for one, count in zip(found, counts, strict=True)]
+
+
+def _pieces(batch: Tokens) -> list[Tokens]:
+    """Prompts in groups of at most AT_ONCE tokens: what a feed-forward gives is several times as wide as its input."""
+    rows = max(1, AT_ONCE // batch.ids.shape[1])
+    return [Tokens(ids, mask) for ids, mask in zip(batch.ids.split(rows), batch.mask.split(rows), strict=True)]
 
 
 def degenerate(rows: dict[int, Tensor], *, centred: bool = False) -> list[str]:

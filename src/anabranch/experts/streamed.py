@@ -53,10 +53,8 @@ def run_layers(model: Any, read: Read, batches: Sequence[Tokens], watch: Watch, 
     inner.rotary_emb = type(inner.rotary_emb)(config=settings)
     rows = read("model.embed_tokens.weight")
     _check_ids(batches, rows.shape[0])
-    scale = float(getattr(settings, "embedding_multiplier", 1.0) or 1.0)
     states = [rows[batch.ids].to(dtype) for batch in batches]
     given = [_recorded(inner, state, batch.mask) for state, batch in zip(states, batches, strict=True)]
-    states = [state * scale if scale != 1.0 else state for state in states]
     pool = ThreadPoolExecutor(max(1, threads), initializer=torch.set_num_threads, initargs=(1,))
     before = torch.get_num_threads()
     buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
@@ -64,7 +62,6 @@ def run_layers(model: Any, read: Read, batches: Sequence[Tokens], watch: Watch, 
         for number, layer in enumerate(inner.layers):
             _fill(layer, buffers, f"model.layers.{number}.", read, dtype)
             seen = _Seen(layer, watched)
-
             others = [one[number] for one in given]
             states = list(pool.map(partial(_pass, layer, seen, partial(watch, number)), range(len(states)), states, others))
             seen.end()
