@@ -172,6 +172,20 @@ def test_the_commands(made: Callable[..., Any], tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, wanted[name], atol=1e-4, rtol=0)
 
 
+def test_what_the_factors_dtype_costs_is_told(made: Callable[..., Any], tmp_path: Path) -> None:
+    base, adapter, _ = made("plain")
+    apply(base, adapter, tmp_path / "tuned")
+    low = run("extract", tmp_path / "tuned", base, tmp_path / "low", "--dtype", "bfloat16", "--rank", "3")
+    assert "factors in bfloat16, whose rounding alone is 0.00" in " ".join(low.output.split())
+    wide = run("extract", tmp_path / "tuned", base, tmp_path / "wide", "--rank", "3")
+    assert "factors in float32;" in " ".join(wide.output.split()) and "rounding" not in wide.output
+    (tmp_path / "merge.yaml").write_text(f"merge_method: peft_linear\nmodels:\n  - model: {tmp_path / 'wide'}\n"
+                                         f"    parameters: {{weight: 1.0}}\nbase_model: {base}\n")
+    merged = run("merge", tmp_path / "merge.yaml", tmp_path / "merged")
+    assert merged.exit_code == 0 and "0% of the weighted sum's length away" in " ".join(merged.output.split())
+    assert "100.00%" not in merged.output and "kept;" not in merged.output
+
+
 def test_dry_runs_write_nothing(made: Callable[..., Any], tmp_path: Path) -> None:
     base, adapter, _ = made("plain")
     (tmp_path / "merge.yaml").write_text(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +133,31 @@ def test_factors_in_the_stored_dtype_stay_within_a_rounding(pairs: Callable[...,
             assert bool((apart <= 2**-7 * wanted.float().abs() + 2e-4).all()), name
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("rank", [64, 4])
+def test_the_error_that_is_told_is_that_of_the_factors_as_stored(rank: int, dtype: str, pairs: Callable[..., Pair],
+                                                                 tmp_path: Path) -> None:
+    """With the loss of rank, and with rounding, which is told by itself as well."""
+    pair = pairs("llama")
+    manifest = extract(*pair, tmp_path / "a", rank=rank, dtype=dtype, include=["proj"])
+    told = json.loads((tmp_path / "a" / "lora_report.json").read_text())
+    wrong = total = alone = 0.0
+    for path, one in told["matrices"].items():
+        d = difference(pair, f"{path}.weight")
+        u, s, vt = np.linalg.svd(d, full_matrices=False)
+        missing = float(((d - delta(tmp_path / "a", path).astype(float)) ** 2).sum())
+        assert one["relative_error"] == pytest.approx((missing / (s**2).sum()) ** 0.5, rel=1e-2, abs=5e-7)
+        alone += float((((u[:, :rank] * s[:rank]) @ vt[:rank] - delta(tmp_path / "a", path)) ** 2).sum())
+        wrong, total = wrong + missing, total + float((s**2).sum())
+    report = manifest.report
+    assert report["factors"] == dtype
+    assert report["relative_error"] == pytest.approx((wrong / total) ** 0.5, rel=1e-3, abs=5e-7)
+    assert report["rounding"] == pytest.approx((alone / total) ** 0.5, rel=1e-2, abs=5e-7)
+    assert (report["rounding"] > 1e-4) == (dtype != "float32")
+    if dtype == "bfloat16":  # and PEFT reads what it says
+        with_peft("llama", pair[1], tmp_path / "a")
+
+
 @pytest.mark.parametrize("path", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"])
 def test_it_is_the_best_of_its_rank(path: str, pairs: Callable[..., Pair], tmp_path: Path) -> None:
     """C74, and the report: kept energy and relative error against a dense SVD in float64."""
@@ -166,6 +194,23 @@ def test_energy_and_budget_choose_the_ranks(pairs: Callable[..., Pair], tmp_path
     gain = {path: s**2 / sum(report[path]["shape"]) for path, s in spectra.items()}
     weakest = min(gain[path][one["rank"] - 1] for path, one in chosen.items())
     assert all(gain[p][chosen[p]["rank"] if p in chosen else 0] <= weakest * (1 + 1e-5) for p in spectra)
+
+
+def test_a_budget_that_one_matrix_takes_looks_further_there(pairs: Callable[..., Pair], tmp_path: Path) -> None:
+    """At first a few directions of each are found; what is kept of them for the next look is not taken for its result."""
+    tuned, base = pairs("llama")
+    folder, name = tmp_path / "tuned", "model.layers.0.mlp.up_proj"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tuned / "config.json").read_bytes())
+    state = {k: v for p in tuned.glob("*.safetensors") for k, v in load_file(p).items()}
+    torch.manual_seed(3)
+    state[f"{name}.weight"] = torch.randn(48, 32).to(torch.bfloat16)
+    save_file(state, folder / "model.safetensors")
+    manifest = extract(folder, base, tmp_path / "a", budget=2000, include=["proj"], dtype="float32")
+    assert manifest.report["parameters"] == 2000 and manifest.report["ranks"] == [25, 25]
+    d = difference((folder, base), f"{name}.weight")
+    u, s, vt = np.linalg.svd(d, full_matrices=False)
+    np.testing.assert_allclose(delta(tmp_path / "a", name), (u[:, :25] * s[:25]) @ vt[:25], atol=1e-4)
 
 
 def test_only_what_changed_is_taken(pairs: Callable[..., Pair], tmp_path: Path) -> None:
@@ -367,6 +412,87 @@ def test_threads_and_a_stop_half_way_change_no_byte(pairs: Callable[..., Pair], 
     assert files[0] == files[1] == files[2]
 
 
+SLOW = """
+import sys, time
+import anabranch.lora.extract as work
+plain = work.low_rank
+def slow(*given, **named):
+    time.sleep(0.2)
+    return plain(*given, **named)
+work.low_rank = slow
+work.extract(sys.argv[1], sys.argv[2], sys.argv[3], rank=4, threads=1)
+"""
+
+
+def test_killed_it_goes_on_where_it_was(pairs: Callable[..., Pair], tmp_path: Path) -> None:
+    """SIGKILL: no handler runs. What was found stays as it is, and the result has the same bytes."""
+    tuned, base = pairs("llama")
+    out = tmp_path / "out"
+    child = subprocess.Popen([sys.executable, "-c", SLOW, str(tuned), str(base), str(out)])
+    try:
+        until = time.monotonic() + 240
+        while len(list(factors_folder(out).glob("*.safetensors"))) < 3:
+            assert child.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        child.kill()
+        child.wait()
+    kept = {p.name: p.stat().st_mtime_ns for p in factors_folder(out).glob("*.safetensors")}
+    assert 3 <= len(kept) < 14 and not out.exists()
+    seen: dict[str, int] = {}
+
+    def note(now: Any) -> None:
+        seen.update({p.name: p.stat().st_mtime_ns for p in factors_folder(out).glob("*.safetensors")})
+
+    extract(tuned, base, out, rank=4, threads=1, progress=note)
+    assert all(seen[name] == stamp for name, stamp in kept.items()) and len(seen) == 14
+    extract(tuned, base, tmp_path / "whole", rank=4, threads=1)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    assert not factors_folder(out).exists()
+
+
+def test_factors_that_a_kill_cut_short_are_found_again_and_strange_folders_stay(pairs: Callable[..., Pair],
+                                                                                tmp_path: Path) -> None:
+    pair, out = pairs("llama"), tmp_path / "out"
+    factors_folder(out).mkdir()  # killed before the key was written
+
+    class Stop(Exception):
+        pass
+
+    def stop(now: Any) -> None:
+        if now.tensors == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        extract(*pair, out, rank=4, threads=1, progress=stop)
+    for i, file in enumerate(sorted(factors_folder(out).glob("*.safetensors"))):
+        file.write_bytes(file.read_bytes()[: -7 if i % 2 else 4])
+    extract(*pair, out, rank=4)
+    extract(*pair, tmp_path / "whole", rank=4)
+    assert all((out / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "whole").iterdir())
+    other = factors_folder(tmp_path / "other")
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="none of ours"):
+        extract(*pair, tmp_path / "other", rank=4)
+    assert (other / "mine.txt").read_text() == "mine"
+
+
+def test_numbers_that_have_no_difference_are_saved_whole(pairs: Callable[..., Pair], tmp_path: Path) -> None:
+    folders = []
+    for i, source in enumerate(pairs("llama", "layers.0.mlp")):
+        folder = tmp_path / source.name
+        folder.mkdir()
+        (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+        state = {k: v for p in source.glob("*.safetensors") for k, v in load_file(p).items()}
+        name = "model.layers.1.mlp.up_proj.weight"
+        state[name] = state[name].double() + i
+        save_file(state, folder / "model.safetensors")
+        folders.append(folder)
+    manifest = extract(*folders, tmp_path / "a", rank=4)
+    assert manifest.report["saved_whole"] == ["model.layers.1.mlp.up_proj.weight"] and manifest.report["matrices"] == 3
+
+
 def test_a_dry_run_writes_nothing(pairs: Callable[..., Pair], tmp_path: Path) -> None:
     lines = forecast(*pairs("llama"), tmp_path / "a", rank=4)
     assert any("decomposed: 14 matrices" in line for line in lines) and not list(tmp_path.iterdir())
@@ -391,6 +517,23 @@ def test_extracted_adapters_of_a_tied_model_merge(pairs: Callable[..., Pair], tm
     for name, start in origin.items():
         wanted = start + 0.5 * (states[0][name] - start) + 0.5 * (states[1][name] - start)
         torch.testing.assert_close(got[name], wanted, atol=2e-6, rtol=0)
+
+
+def test_a_tied_head_that_is_stored_as_well_is_the_embedding(pairs: Callable[..., Pair], tmp_path: Path) -> None:
+    folders = []
+    for source in pairs("tied"):
+        folder = tmp_path / source.name
+        folder.mkdir()
+        (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+        state = {k: v for p in source.glob("*.safetensors") for k, v in load_file(p).items()}
+        save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+        folders.append(folder)
+    extract(*folders, tmp_path / "a", rank=4)
+    extract(*pairs("tied"), tmp_path / "b", rank=4)
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    configs = [json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in "ab"]
+    assert configs[0]["modules_to_save"] == configs[1]["modules_to_save"]
 
 
 def test_an_architecture_that_transformers_does_not_know(pairs: Callable[..., Pair], tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from anabranch.merge.low_rank import (
     joint_bases,
     kept_share,
     low_rank,
+    product_difference,
+    product_length,
     rank_for,
     ranks_for_budget,
     shared_bases,
@@ -92,6 +94,8 @@ def test_a_matrix_of_low_rank_gets_no_more_than_it_has() -> None:
     found = low_rank(small, generator(0, "x"), count=20)
     torch.testing.assert_close(product(found), small, atol=1e-6, rtol=0)
     assert len(first(found, 2).values) == 2
+    exact = low_rank(torch.cat([small[:40, :30], torch.zeros(2, 30)]), generator(0, "x"))  # by the Gram matrix
+    assert len(exact.values) <= 6 and exact.whole and bool((exact.values > 0).all())
 
 
 def test_ranks_for_a_share() -> None:
@@ -145,3 +149,13 @@ def test_shared_bases_hold_all_at_full_rank_and_the_strongest_below() -> None:
 def test_energy_is_summed_in_float64() -> None:
     a = torch.full((2000, 2000), 1e-3)
     assert energy_of(a) == pytest.approx(2000 * 2000 * float(a[0, 0].double()) ** 2, rel=1e-12)
+
+
+def test_the_difference_of_two_products_without_forming_them() -> None:
+    rng = np.random.default_rng(4)
+    b, a = torch.from_numpy(rng.normal(size=(30, 7))).float(), torch.from_numpy(rng.normal(size=(7, 20))).float()
+    for c, d in ((b.bfloat16(), a.bfloat16()), (b * (1 + 1e-5), a), (-b, 0.5 * a)):
+        wanted = np.linalg.norm(b.double().numpy() @ a.double().numpy() - c.double().numpy() @ d.double().numpy()) ** 2
+        assert product_difference(b, a, c, d) == pytest.approx(wanted, rel=1e-6)
+    assert product_difference(b, a, b, a) == 0
+    assert product_length(b, a) == pytest.approx(float((b.double() @ a.double()).square().sum()), rel=1e-9)

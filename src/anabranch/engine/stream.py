@@ -35,6 +35,8 @@ from anabranch.errors import AnabranchError, CorruptedError, RecipeError
 from anabranch.merge.select import largest, magnitudes
 from anabranch.merge.stack import CHUNK, Block, Blockwise, ModelStack
 
+# Numbers looked at together for NaN and infinity.
+FINITE = 1 << 20
 # Bytes of a result from which on the fused kernels are worth half a second for loading them.
 FUSED_FROM = 100 * 10**6
 
@@ -436,5 +438,8 @@ def numbers(rounded: Tensor) -> np.ndarray:
 
 
 def finite(rounded: Tensor) -> bool:
-    """No NaN and no infinity. The sum tells in one pass; only where it is not finite itself must each number be looked at."""
-    return bool(torch.isfinite(rounded.sum(dtype=torch.float32))) or bool(torch.isfinite(rounded).all())
+    """No NaN and no infinity. The sum tells in one pass; only where it is not finite itself must each number be looked at.
+
+    Piece by piece: summing in another dtype makes a copy of all that is summed."""
+    return all(bool(torch.isfinite(piece.sum(dtype=torch.float32))) or bool(torch.isfinite(piece).all())
+               for piece in rounded.reshape(-1).split(FINITE))

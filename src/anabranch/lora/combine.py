@@ -30,14 +30,25 @@ from anabranch.errors import ModelError, RecipeError
 from anabranch.lora import spaces
 from anabranch.lora.config import CAT, PEFT_LINEAR, read_adapter_merge
 from anabranch.lora.cuts import find_cuts
-from anabranch.lora.factors import Choice, Found, Matrix, factors_folder, find
+from anabranch.lora.factors import Choice, Found, Matrix, factors_folder, find, rounded, spelled
 from anabranch.lora.joining import Job, Place, Plan, call_of, dense_changes, factors_of, in_base_as, opened, plan_of, plan_whole
 from anabranch.lora.output import adapter_files, config_of, done_already, drop, dropped_if_refused, factor_tensors, key_of
-from anabranch.lora.sources import Source
-from anabranch.merge.low_rank import LowRank, first, joint_bases, low_rank, rank_for
+from anabranch.lora.sources import FOLD, Source
+from anabranch.merge.consensus import divisor_of
+from anabranch.merge.low_rank import (
+    ROUNDING,
+    LowRank,
+    first,
+    joint_bases,
+    low_rank,
+    product_difference,
+    product_length,
+    rank_for,
+)
 from anabranch.rows import generator
 
 VERB = "lora merge"
+NOTHING = "the merged adapter changes nothing: every matrix comes to zero. Are the weights right?"
 
 
 def merge_adapters(
@@ -75,12 +86,12 @@ def merge_adapters(
     if (there := done_already(place, VERB, settings, inputs, seed)) is not None:
         return there
     plans = {path: plan_of(job, one) for path, one in job.places.items()}
-    whole = _whole(job, dtype)
+    saved = _whole(job, dtype)
     job.findings.stop()
     for text in job.findings.remarks():
         say(text)
     if (cuts := find_cuts(job, [(one, plans[path]) for path, one in job.places.items()])) is not None:
-        if whole:
+        if saved:
             raise RecipeError(f"{asked.method} ranks all tensors together, and these adapters save some whole. Merge the "
                               "models.")
         plans = {path: replace(plan, cuts=tuple(cuts)) for path, plan in plans.items()}
@@ -93,12 +104,13 @@ def merge_adapters(
             found = find(folder, key_of(VERB, settings, inputs, seed), matrices, asked.choice, threads=threads, memory=memory,
                          progress=progress)
             if not found:
-                raise ModelError("the merged adapter changes nothing: every matrix comes to zero. Are the weights right?")
+                raise ModelError(NOTHING)
         made = [factor_tensors(one, _key(path), dtype, True, job.places[path].pair.embedding, job.places[path].pair.outer)
                 for path, one in found.items()]
         ranks = {path: one.rank for path, one in found.items()}
-        report = _report(found, {path: plan.space for path, plan in plans.items()})
+        report = _report(found, {path: plan.space for path, plan in plans.items()}, dtype)
         _say_lost(report, job, say)
+    whole = _as_peft_names(saved, ranks)
     files = adapter_files(_config(job, ranks, bool(whole)), report, _base_name(job), VERB, [s.label for s in job.sources])
     manifest = make_model(place, [*made, *whole], files, inputs, verb=VERB, settings=settings, seed=seed, report=report["all"],
                           stem=ADAPTER, threads=threads, memory=memory)
@@ -211,8 +223,12 @@ def _from_core(job: Job, place: Place, plan: Plan, count: int | None, share: flo
     else:
         merged = spaces.without_zeros(spaces.in_core(call, spaces.with_zeros(cores, size)), cores.shape[1:])
     left, values, right = torch.linalg.svd(merged, full_matrices=False)
-    has = int((values > 1e-7 * float(values[0])).sum()) if len(values) and float(values[0]) > 0 else 0
-    energy = float(values.square().sum())
+    # What is left of changes that cancel each other is rounding, and no direction.
+    scale = min(1.0, abs(float(str(plan.arguments.get("scale", 1.0)))))
+    lengths = [scale * min(1.0, abs(plan.weights[i])) * float(cores[i].norm()) for i in live]
+    rounding = ROUNDING * max([*lengths, *values[:1].tolist()], default=0.0)
+    values = values[values > rounding]
+    has, energy = len(values), float(values.square().sum())
     most = has if count is None else min(has, count)
     found = LowRank((u @ left[:, :most]).float(), values[:most].float(), (right[:most] @ vt).float(), energy, most == has)
     if share is None:
@@ -228,29 +244,35 @@ def _by_factors(job: Job, plans: Mapping[str, Plan], dtype: str, warn: Callable[
     """cat: B = [B_1 .. B_k], A = [w_1 s_1 A_1; ..]: the exact weighted sum. peft_linear: averages of B and of A."""
     made, ranks, matrices = [], {}, {}
     wrong = total = 0.0
+    linear = job.config.method == PEFT_LINEAR
+    told = "wrong" if linear else "relative_error"
     uneven = []
     for path, place in job.places.items():
         factors = _weighted(job, place, plans[path])
-        if job.config.method == PEFT_LINEAR:
-            if len({b.shape[1] for b, _, _ in factors}) > 1:
-                uneven.append(path)
-                continue
-            missing, size = _cross_terms(factors)
-            wrong, total = wrong + missing, total + size
-        ranks[path] = sum(b.shape[1] for b, _, _ in factors) if job.config.method == CAT else factors[0][0].shape[1]
-        matrices[path] = {"shape": list(place.pair.shape), "rank": ranks[path], "space": job.config.method} | (
-            {"wrong": float(f"{math.sqrt(missing / size) if size else 0.0:.4g}")} if job.config.method == PEFT_LINEAR else {})
+        if not factors:
+            continue
+        if linear and len({b.shape[1] for b, _, _ in factors}) > 1:
+            uneven.append(path)
+            continue
+        b, a = (part.to(MERGED[dtype]).float() for part in (_averaged if linear else _side_by_side)(factors))
+        exact = _side_by_side(factors)
+        missing, size = _apart((b, a), exact) if linear else (product_difference(*exact, b, a), product_length(*exact))
+        wrong, total, ranks[path] = wrong + missing, total + size, b.shape[1]
+        matrices[path] = {"shape": list(place.pair.shape), "rank": ranks[path], "space": job.config.method,
+                          told: rounded(math.sqrt(missing / size) if size else 0.0)}
         made.append(_given(job, place, dtype, ranks[path]))
     if uneven:
         raise RecipeError(f"peft_linear: adds factors of one rank, and {len(uneven)} modules have several "
                           f"({', '.join(uneven[:3])}). Use task_arithmetic, which merges any ranks exactly.")
+    if not ranks:
+        raise ModelError(NOTHING)
     parameters = sum(rank * sum(job.places[path].pair.shape) for path, rank in ranks.items())
     report: dict[str, Any] = {
-        "matrices": matrices, "all": {"matrices": len(ranks), "parameters": parameters, "kept_energy": 1.0,
-                                      "ranks": [min(ranks.values()), max(ranks.values())]}}
-    if job.config.method == PEFT_LINEAR:
-        share = math.sqrt(wrong / total) if total else 0.0
-        report["all"]["wrong"] = float(f"{share:.4g}")
+        "matrices": matrices, "all": {"matrices": len(ranks), "parameters": parameters,
+                                      "ranks": [min(ranks.values()), max(ranks.values())], "factors": spelled([dtype])}}
+    share = math.sqrt(wrong / total) if total else 0.0
+    report["all"] |= {told: rounded(share)} | ({} if linear else {"kept_energy": 1.0})
+    if linear:
         warn(f"peft_linear averages A and B by themselves, so its product has B_i A_j of every two adapters: it is {share:.0%} "
              "of the weighted sum's length away from it. task_arithmetic merges the same adapters exactly")
     return made, ranks, report
@@ -273,8 +295,10 @@ def _given(job: Job, place: Place, dtype: str, rank: int) -> Made:
 
 
 def _weighted(job: Job, place: Place, plan: Plan) -> list[tuple[Tensor, Tensor, float]]:
-    """(B, A, scale times weight) of the adapters that change the module."""
-    return [(b, a, scale * w) for (b, a, scale), w in zip(factors_of(job, place), plan.weights, strict=True) if b.shape[1]]
+    """(B, A, scale times weight) of the adapters that change the module; `normalize` and `scale` as task_arithmetic's."""
+    factor = float(str(plan.arguments["scale"])) / (divisor_of(plan.weights) if plan.arguments["normalize"] else 1.0)
+    return [(b, a, scale * w * factor) for (b, a, scale), w in zip(factors_of(job, place), plan.weights, strict=True)
+            if b.shape[1] and w * factor != 0]
 
 
 def _side_by_side(factors: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor]:
@@ -288,21 +312,23 @@ def _averaged(factors: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, 
     return b, a
 
 
-def _cross_terms(factors: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[float, float]:
-    """||averaged - exact||^2 and ||exact||^2, in the joint core space."""
-    exact = _side_by_side(factors)
-    averaged = _averaged(factors)
-    _, _, (one, other) = joint_bases([averaged[0], exact[0]], [averaged[1], exact[1]])
+def _apart(given: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """||given - exact||^2 and ||exact||^2 of products of factors, in the joint core space."""
+    _, _, (one, other) = joint_bases([given[0], exact[0]], [given[1], exact[1]])
     return float((one - other).square().sum()), float(other.square().sum())
 
 
 # --- what the adapters save whole ---
 
 
-def _whole(job: Job, dtype: str) -> list[Made]:
+def _whole(job: Job, dtype: str) -> dict[str, Made]:
     names = sorted({name for s in job.sources for name in s.whole})
-    made = []
+    made = {}
     for name in names:
+        if name.removesuffix(".weight") in job.places:
+            job.findings.problem("one adapter saves it whole, and another has factors of it: PEFT takes one or the other. "
+                                 f"{FOLD}", name)
+            continue
         having = [s for s in job.sources if name in s.whole]
         in_base = _named_in_base(name, job.base)
         shapes = {s.file.tensors[s.whole[name]].shape for s in having}
@@ -319,8 +345,18 @@ def _whole(job: Job, dtype: str) -> list[Made]:
                                  name)
             continue
         own = stored in MERGED and job.config.merge.dtype is None
-        made.append(_whole_made(job, name, in_base, shape, stored if own else dtype))
+        made[name] = _whole_made(job, name, in_base, shape, stored if own else dtype)
     return made
+
+
+def _as_peft_names(saved: Mapping[str, Made], ranks: Mapping[str, int]) -> list[Made]:
+    """The same by PEFT's names, which depend on the result: a bias of a module that has factors is its `base_layer`'s."""
+    def named(name: str, one: Made) -> Made:
+        path, _, leaf = name.rpartition(".")
+        key = f"{_key(path)}.base_layer.{leaf}" if path in ranks else _key(name)
+        return Made({key: one.tensors[name]}, lambda: {key: one.make()[name]}, one.need)
+
+    return [named(name, one) for name, one in saved.items()]
 
 
 def _equal(sources: Sequence[Source], name: str) -> bool:
@@ -340,19 +376,18 @@ def _named_in_base(name: str, base: Checkpoint | None) -> str | None:
 
 
 def _whole_made(job: Job, name: str, in_base: str | None, shape: tuple[int, ...], dtype: str) -> Made:
-    key = next(s.whole[name] for s in job.sources if name in s.whole)
     embedding = bool(EMBEDDING.search(name) or HEAD.search(name))
     place = Place(name, in_base or name, next(iter(job.places.values())).pair, False, shape, embedding, 0.0, 0.0, False)
     plan = plan_whole(job, place)
 
     def make() -> dict[str, Tensor]:
         if in_base is None or job.base is None:
-            return {key: job.sources[0].file.read(job.sources[0].whole[name])}
+            return {name: job.sources[0].file.read(job.sources[0].whole[name])}
         base = job.base.read(in_base).float()
         branches = torch.stack([s.file.read(s.whole[name]).float() if name in s.whole else base for s in job.sources])
-        return {key: call_of(job, plan, place, core=False)(branches, base)}
+        return {name: call_of(job, plan, place, core=False)(branches, base)}
 
-    return Made({key: (shape, dtype)}, make, 4 * math.prod(shape) * (3 * len(job.sources) + 8))
+    return Made({name: (shape, dtype)}, make, 4 * math.prod(shape) * (3 * len(job.sources) + 8))
 
 
 # --- what is told, and written ---
@@ -369,16 +404,22 @@ def _base_name(job: Job) -> str | None:
     return next((str(name) for name in named if name), None)
 
 
-def _report(found: Mapping[str, Found], where: Mapping[str, str]) -> dict[str, Any]:
+def _report(found: Mapping[str, Found], where: Mapping[str, str], dtype: str) -> dict[str, Any]:
+    """Per matrix and over all. The relative error is that of the factors as they are stored, against the whole merge."""
     energy = sum(one.energy for one in found.values())
+    rounding = {path: one.rounding(dtype) for path, one in found.items()}
+    lost = {path: one.lost + rounding[path] for path, one in found.items()}
     return {
         "matrices": {path: {"shape": list(one.shape), "space": where[path], "rank": one.rank,
-                            "kept_energy": round(one.kept, 6), "change": float(f"{one.energy ** 0.5:.6g}")}
+                            "kept_energy": round(one.kept, 6), "relative_error": rounded((lost[path] / one.energy) ** 0.5),
+                            "change": float(f"{one.energy ** 0.5:.6g}")}
                      for path, one in found.items()},
         "all": {"matrices": len(found), "parameters": sum(one.rank * sum(one.shape) for one in found.values()),
                 "ranks": [min(one.rank for one in found.values()), max(one.rank for one in found.values())],
                 "spaces": sorted({where[path] for path in found}),
-                "kept_energy": round(sum(one.energy * one.kept for one in found.values()) / energy, 6)}}
+                "kept_energy": round(sum(one.energy * one.kept for one in found.values()) / energy, 6),
+                "relative_error": rounded((sum(lost.values()) / energy) ** 0.5), "factors": spelled([dtype]),
+                "rounding": rounded((sum(rounding.values()) / energy) ** 0.5)}}
 
 
 def _say_lost(report: Mapping[str, Any], job: Job, warn: Callable[[str], None]) -> None:

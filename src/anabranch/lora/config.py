@@ -80,6 +80,9 @@ def read_adapter_merge(config: Path | str | Mapping[str, Any]) -> AdapterMerge:
                         f"merge_method: `{shown(method)[:60]}` is no merge method."
                         + closest(str(method)[:80], [*METHODS, CAT, PEFT_LINEAR]))
     base = read_reference(own["base_model"], "base_model", folders, problems, []) if own["base_model"] is not None else None
+    if base is not None and base.adapter is not None:
+        problems.append(f"base_model: `{base}` is a model with an adapter. The adapters of a merge change a model: name that, "
+                        "or fold the adapter into it first (`anabranch lora apply`)")
     choice = _choice(own, problems)
     space = own["space"] if own["space"] is not None else "auto"
     if space not in SPACES:

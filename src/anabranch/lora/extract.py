@@ -31,7 +31,7 @@ from anabranch.engine.merging import place_for
 from anabranch.engine.plan import DTYPES
 from anabranch.engine.stream import Progress
 from anabranch.errors import ModelError, RecipeError, ShapeMismatch, closest
-from anabranch.lora.factors import Choice, Found, Matrix, factors_folder, find, side_by_side
+from anabranch.lora.factors import Choice, Found, Matrix, factors_folder, find, rounded, side_by_side, spelled
 from anabranch.lora.modules import DECOMPOSED, Module, modules_of, short_names
 from anabranch.lora.output import adapter_files, config_of, done_already, drop, dropped_if_refused, factor_tensors, key_of
 from anabranch.merge.low_rank import LowRank, low_rank
@@ -140,7 +140,7 @@ def extract(
     by_path = {m.path: m for m in parts.decomposed}
     stored = {path: wish.dtype or tuned.tensors[by_path[path].tensors["weight"]].dtype for path in found}
     errors = _errors(found, by_path, tuned, origin, wish, stored, threads, memory)
-    report = _report(found, errors, parts, tuned)
+    report = _report(found, errors, stored, parts, tuned)
     _say_left_out(parts, say)
     made = [factor_tensors(one, _base_key(by_path[path]), stored[path], wish.distribute_scale,
                            by_path[path].kind == "embedding", _outer(by_path[path], tuned)) for path, one in found.items()]
@@ -247,7 +247,7 @@ def _sorted_out(tuned: Checkpoint, origin: Checkpoint, modules: Sequence[Module]
                 parts.saved.append(module)
         elif not selected(module.path):
             parts.left_out |= {n: "not selected" for n in module.tensors.values() if _differs(tuned, origin, n)}
-        elif module.kind in DECOMPOSED:
+        elif module.kind in DECOMPOSED and _has_factors(module, tuned):
             parts.decomposed.append(module)
             if "bias" in module.tensors and _differs(tuned, origin, module.tensors["bias"]):
                 parts.biases.append((module.path, module.tensors["bias"]))
@@ -339,6 +339,12 @@ def _tied_heads(modules: Sequence[Module], tuned: Checkpoint) -> list[str]:
             and ("weight" not in m.tensors or tuned.tied_copy_of(m.tensors["weight"]) is not None)]
 
 
+def _has_factors(module: Module, tuned: Checkpoint) -> bool:
+    """Whether its numbers are of a kind that a difference has; a tied head that is not stored is the embedding's."""
+    weight = module.tensors.get("weight")
+    return weight is None or tuned.tensors[weight].dtype in MERGED
+
+
 def _drop_tied_head(parts: _Parts, modules: Sequence[Module], tuned: Checkpoint) -> None:
     tied = _tied_heads(modules, tuned)
     parts.saved[:] = [m for m in parts.saved if m.path not in tied]
@@ -408,20 +414,20 @@ def _difference(module: Module, tuned: Checkpoint, origin: Checkpoint) -> Tensor
 
 
 def _errors(found: Mapping[str, Found], by_path: Mapping[str, Module], tuned: Checkpoint, origin: Checkpoint, wish: Wish,
-            stored: Mapping[str, str], threads: int | None, memory: str | int | None) -> dict[str, float]:
-    """||D - B A|| / ||D|| of each matrix, of the factors as they are stored."""
-    def job(path: str, one: Found) -> Callable[[], tuple[str, float]]:
-        def measured() -> tuple[str, float]:
+            stored: Mapping[str, str], threads: int | None, memory: str | int | None) -> dict[str, tuple[float, float]]:
+    """||D - B A||^2 / ||D||^2 of each matrix, of the factors as they are stored; and the share of their rounding alone."""
+    def job(path: str, one: Found) -> Callable[[], tuple[str, tuple[float, float]]]:
+        def measured() -> tuple[str, tuple[float, float]]:
             b, a = (t.to(MERGED[stored[path]]).float() for t in one.factors(wish.distribute_scale))
             d = _difference(by_path[path], tuned, origin)
             rows, missing = max(1, CHUNK // max(1, d.shape[1])), 0.0
             for i in range(0, d.shape[0], rows):
                 missing += float((d[i : i + rows] - b[i : i + rows] @ a).double().square().sum())
-            return path, (missing / one.energy) ** 0.5
+            return path, (missing / one.energy, one.rounding(stored[path], wish.distribute_scale) / one.energy)
 
         return measured
 
-    jobs = [(4 * one.shape[0] * one.shape[1] + 12 * one.rank * sum(one.shape) + 16 * CHUNK, job(path, one))
+    jobs = [(4 * one.shape[0] * one.shape[1] + 44 * one.rank * sum(one.shape) + 16 * CHUNK, job(path, one))
             for path, one in found.items()]
     return dict(side_by_side(jobs, threads, memory))
 
@@ -438,19 +444,21 @@ def _tied_copies(parts: _Parts, modules: Sequence[Module], tuned: Checkpoint) ->
             for path in _tied_heads(modules, tuned)] if saved is not None else []
 
 
-def _report(found: Mapping[str, Found], errors: Mapping[str, float], parts: _Parts, tuned: Checkpoint) -> dict[str, Any]:
+def _report(found: Mapping[str, Found], errors: Mapping[str, tuple[float, float]], stored: Mapping[str, str], parts: _Parts,
+            tuned: Checkpoint) -> dict[str, Any]:
     """'matrices': per matrix; 'all': over all of them, with what is saved whole and what is left out."""
     energy = sum(one.energy for one in found.values())
-    lost = sum(one.energy * errors[path] ** 2 for path, one in found.items())
+    lost, rounding = (sum(one.energy * errors[path][i] for path, one in found.items()) for i in (0, 1))
     saved = [name for m in parts.saved for name in m.tensors.values()] + [name for _, name in parts.biases]
     return {
         "matrices": {path: {"shape": list(one.shape), "rank": one.rank, "kept_energy": round(one.kept, 6),
-                            "relative_error": float(f"{errors[path]:.4g}"), "change": float(f"{one.energy ** 0.5:.6g}")}
+                            "relative_error": rounded(errors[path][0] ** 0.5), "change": float(f"{one.energy ** 0.5:.6g}")}
                      for path, one in found.items()},
         "all": {"matrices": len(found), "parameters": sum(one.rank * sum(one.shape) for one in found.values()),
                 "ranks": [min(one.rank for one in found.values()), max(one.rank for one in found.values())],
                 "kept_energy": round(sum(one.energy * one.kept for one in found.values()) / energy, 6),
-                "relative_error": float(f"{(lost / energy) ** 0.5:.4g}"),
+                "relative_error": rounded((lost / energy) ** 0.5), "factors": spelled(stored[p] for p in found),
+                "rounding": rounded((rounding / energy) ** 0.5),
                 "saved_whole": sorted(saved), "saved_parameters": sum(tuned.tensors[n].numel for n in saved),
                 "left_out": dict(sorted(parts.left_out.items()))}}
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +24,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anabranch.artifacts import write_atomically
+from anabranch.engine.blocks import MERGED
 from anabranch.engine.memory import Budget, occupied
 from anabranch.engine.plan import parse_size
 from anabranch.engine.stream import Progress
 from anabranch.errors import CorruptedError, OutputError, RecipeError
-from anabranch.merge.low_rank import POWER, LowRank, block_width, is_exact, kept_share, rank_for, ranks_for_budget
+from anabranch.merge.low_rank import (
+    POWER,
+    LowRank,
+    block_width,
+    is_exact,
+    kept_share,
+    product_difference,
+    rank_for,
+    ranks_for_budget,
+)
 
 KEY = "key.json"
 # Beside the largest matrix's own needs, where nothing else is said: smaller ones may run beside it.
@@ -106,11 +116,21 @@ class Found:
     def kept(self) -> float:
         return kept_share(self.values[: self.rank], self.energy)
 
+    @property
+    def lost(self) -> float:
+        """Energy that is not kept: of the directions that were found and are cut, where these are all that there are."""
+        return float(self.values[self.rank:].double().square().sum()) if self.whole else self.energy * (1 - self.kept)
+
     def factors(self, distribute: bool = True) -> tuple[Tensor, Tensor]:
         """(B [rows, rank], A [rank, columns]), float32, B A the matrix; the singular values shared evenly, or all in A."""
         left, values, right = self.directions()
         roots = values.sqrt()
         return (left * roots, roots[:, None] * right) if distribute else (left, values[:, None] * right)
+
+    def rounding(self, dtype: str, distribute: bool = True) -> float:
+        """||B A - B' A'||_F^2 where B' and A' are the factors as `dtype` (safetensors' spelling) stores them."""
+        b, a = self.factors(distribute)
+        return product_difference(b, a, b.to(MERGED[dtype]), a.to(MERGED[dtype]))
 
     def directions(self) -> tuple[Tensor, Tensor, Tensor]:
         try:
@@ -120,6 +140,16 @@ class Found:
         except Exception as error:  # safetensors raises its own type, the operating system another
             raise CorruptedError(f"{self.file}: cannot be read ({error}). Remove {self.file.parent} and begin "
                                  "again.") from error
+
+
+def spelled(dtypes: Iterable[str]) -> str:
+    """'bfloat16' of 'BF16'; several with a comma."""
+    return ", ".join(sorted(str(MERGED[one]).removeprefix("torch.") for one in set(dtypes)))
+
+
+def rounded(value: float) -> float:
+    """Four digits: what a report tells of an error."""
+    return float(f"{value:.4g}")
 
 
 def factors_folder(out: Path) -> Path:
@@ -283,7 +313,7 @@ def _doubled(limit: int | None, matrix: Matrix, choice: Choice) -> int | None:
 
 
 def _begin(folder: Path, key: Any) -> None:
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):  # empty: killed before the key
         try:
             same = json.loads((folder / KEY).read_text()) == key
         except (OSError, ValueError) as error:
@@ -292,7 +322,7 @@ def _begin(folder: Path, key: Any) -> None:
         if same:
             return
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / KEY, json.dumps(key).encode())
 
 

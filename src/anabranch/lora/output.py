@@ -63,9 +63,15 @@ def adapter_files(config: Mapping[str, Any], report: Mapping[str, Any], base: st
     head = ["---", *([f"base_model: {name}"] if name else []), "library_name: peft", "---", ""]
     all_ = report["all"]
     text = [*head, f"A LoRA adapter made by `anabranch {verb}` {__version__} from {', '.join(made_from)}.", "",
-            f"{all_['matrices']} matrices, {all_['parameters']:,} parameters, {all_['kept_energy']:.2%} of the squared change "
-            f"kept. Per matrix: {REPORT}.", ""]
+            f"{all_['matrices']} matrices, {all_['parameters']:,} parameters, {kept_or_wrong(all_)}. Per matrix: {REPORT}.", ""]
     return {CONFIG: _json(config), REPORT: _json(report), "README.md": "\n".join(text).encode()}
+
+
+def kept_or_wrong(all_: Mapping[str, Any]) -> str:
+    """What an adapter is worth: the energy that it keeps; or, of PEFT's average, how far it is from the weighted sum."""
+    if "wrong" in all_:
+        return f"{all_['wrong']:.0%} of the weighted sum's length away from it"
+    return f"{all_['kept_energy']:.2%} of the energy kept"
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -138,6 +138,22 @@ def _randomised(a: Tensor, energy: float, count: int, noise: np.random.Generator
     return LowRank(q @ u[:, :found].float(), values[:found].float(), wt[:found].float() @ v.T, energy, whole)
 
 
+def product_difference(b: Float[Tensor, "m r"], a: Float[Tensor, "r n"], c: Float[Tensor, "m q"], d: Float[Tensor, "q n"],
+                       ) -> float:
+    """||B A - C D||_F^2, r = q, in float64, with neither product formed: what rounding the factors of one to another costs.
+
+    (B - C) A + C (A - D) is one product X Y, whose squared length is the sum over the entries of X^T X times Y Y^T.
+    """
+    return product_length(torch.cat([b.double() - c.double(), c.double()], 1),
+                          torch.cat([a.double(), a.double() - d.double()], 0))
+
+
+def product_length(b: Float[Tensor, "m r"], a: Float[Tensor, "r n"]) -> float:
+    """||B A||_F^2 in float64, from the Gram matrices of the factors."""
+    b, a = b.double(), a.double()
+    return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
+
+
 # -------------------------------------------------------------------------------------------------------------- ranks
 
 
