@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anabranch.artifacts import MergeManifest
 
 BUILD = "build"
+MANIFEST = "manifest.json"
 
 
 class _BuildByDefault(TyperGroup):
@@ -34,8 +35,9 @@ app = typer.Typer(name="experts", cls=_BuildByDefault, no_args_is_help=True, ric
 Seed = Annotated[int, typer.Option(help="of noise, random routers and the order of texts", min=0)]
 Prompts = Annotated[Path | None, typer.Option(help="texts on which routing is measured (.txt, .jsonl), in place of the "
                                                    "config's")]
-Text = Annotated[Path | None, typer.Option("--calibrate", help="unlabelled texts (.txt, .jsonl) on which router rows, and "
-                                                               "nothing else, are trained")]
+Text = Annotated[Path | None, typer.Option("--calibrate", help="texts on which router rows, and nothing else, are trained: "
+                                                               ".txt, or .jsonl with text, content, messages, or prompt + "
+                                                               "completion (joined)")]
 Steps = Annotated[int | None, typer.Option(help="of calibration, 8 texts each; 30 if not given", min=1, max=100_000)]
 Rate = Annotated[float | None, typer.Option(help="of calibration; 0.01 if not given", min=0.0)]
 Balance = Annotated[float | None, typer.Option(help="of calibration: weight of spreading tokens evenly; 0.01 if not given",
@@ -81,11 +83,11 @@ def build(
             console.plan(building.forecast_experts(config, result, options, max_shard_size=max_shard_size, threads=threads,
                                                    memory=memory, warn=warn), quiet, as_json)
             return
-        begun = time.monotonic()
+        begun, there = time.monotonic(), (result / MANIFEST).is_file()
         with console.progress("experts", quiet, as_json) as progress:
             manifest = building.build_experts(config, result, options, max_shard_size=max_shard_size, threads=threads,
                                               memory=memory, allow_nonfinite=allow_nonfinite, warn=warn, progress=progress)
-        _tell_built(manifest, result, time.monotonic() - begun, quiet, as_json)
+        _tell_built(manifest, result, time.monotonic() - begun, quiet or there, as_json)  # a warning said that it is there
 
 
 def _tell_built(manifest: MergeManifest, result: Path, seconds: float, quiet: bool, as_json: bool) -> None:

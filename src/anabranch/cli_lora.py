@@ -22,6 +22,8 @@ Factors = Annotated[str | None, typer.Option("--dtype", help=(
     "of the factors: float32, bfloat16 or float16; if not said, as the fine-tune's matrices. Narrower ones are rounded, each "
     "product by some 0.3 % in bfloat16: the report tells. Only float32 gives a fine-tune back at full rank"))]
 ROWS = 12
+MANIFEST = "manifest.json"
+SHOWN = 4  # names of what is saved whole
 NARROW = 1e-5  # relative; more than float32 rounds by
 
 
@@ -35,9 +37,12 @@ def extract(
     energy: Annotated[float | None, typer.Option(help="keep this share of each matrix's squared change, 0 to 1")] = None,
     budget: Annotated[int | None, typer.Option("--budget", "--parameters", help="parameters of all factors together, spent "
                                                                                 "where they keep most", min=1)] = None,
-    include: Annotated[list[str] | None, typer.Option("--include-regex", "-i", help="modules to take; regular "
-                                                                                    "expressions")] = None,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude-regex", "-e", help="modules to leave")] = None,
+    include: Annotated[list[str] | None, typer.Option("--include-regex", "-i", help="modules to decompose; regular "
+                                                                                    "expressions. Embeddings and output "
+                                                                                    "head that changed are saved whole "
+                                                                                    "all the same: -e leaves them out")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude-regex", "-e", help="modules to leave out, those that "
+                                                                                    "would be saved whole too")] = None,
     save_module: Annotated[list[str] | None, typer.Option(help="a module to save whole, by name or its last part")] = None,
     embed_lora: Annotated[bool, typer.Option("--embed-lora/--no-embed-lora", help="decompose embeddings and output head, "
                                                                                   "instead of saving them whole")] = False,
@@ -69,10 +74,10 @@ def extract(
         if dry_run:
             console.plan(work.forecast(finetuned, base, result, warn=warn, **given), quiet, as_json)
             return
-        begun = time.monotonic()
+        begun, there = time.monotonic(), (result / MANIFEST).is_file()
         with console.progress("lora extract", quiet, as_json) as progress:
             manifest = work.extract(finetuned, base, result, progress=progress, warn=warn, **given)
-        _tell(result, manifest, time.monotonic() - begun, quiet, as_json)
+        _tell(result, manifest, time.monotonic() - begun, quiet or there, as_json)
 
 
 @app.command()
@@ -96,11 +101,11 @@ def merge(
         if dry_run:
             console.plan(work.forecast(config, result, seed=seed, threads=threads, memory=memory, warn=warn), quiet, as_json)
             return
-        begun = time.monotonic()
+        begun, there = time.monotonic(), (result / MANIFEST).is_file()
         with console.progress("lora merge", quiet, as_json) as progress:
             manifest = work.merge_adapters(config, result, seed=seed, threads=threads, memory=memory, progress=progress,
                                            warn=warn)
-        _tell(result, manifest, time.monotonic() - begun, quiet, as_json)
+        _tell(result, manifest, time.monotonic() - begun, quiet or there, as_json)
 
 
 @app.command()
@@ -128,14 +133,14 @@ def apply(
             console.plan(work.forecast(base, adapter, result, dtype=dtype, max_shard_size=max_shard_size, threads=threads,
                                        memory=memory, warn=warn), quiet, as_json)
             return
-        begun = time.monotonic()
+        begun, there = time.monotonic(), (result / MANIFEST).is_file()
         with console.progress("lora apply", quiet, as_json) as progress:
             manifest = work.apply(base, adapter, result, dtype=dtype, max_shard_size=max_shard_size, threads=threads,
                                   memory=memory, allow_nonfinite=allow_nonfinite, progress=progress, warn=warn)
         seconds = time.monotonic() - begun
         if as_json:
             console.line("done", out=str(result), parameters=manifest.parameters, seconds=round(seconds, 3))
-        elif not quiet:
+        elif not (quiet or there):
             console.out.print(escape(f"{result}: {manifest.parameters:,} parameters in {manifest.dtype}, {seconds:.1f} s"))
 
 
@@ -160,7 +165,8 @@ def _tell(result: Path, manifest: MergeManifest, seconds: float, quiet: bool, as
         + (f", relative error {all_['relative_error']:.3g}" if "relative_error" in all_ else "")
         + f"; factors in {all_['factors']}"
         + (f", whose rounding alone is {all_['rounding']:.2g} of the change" if all_.get("rounding", 0) > NARROW else "")
-        + (f"; {len(saved)} tensors saved whole ({all_['saved_parameters']:,} parameters)" if saved else "")
+        + (f"; saved whole: {', '.join(saved[:SHOWN])}{', ..' if len(saved) > SHOWN else ''} ({len(saved)} tensors, "
+           f"{all_['saved_parameters']:,} parameters; -e leaves modules out)" if saved else "")
         + f"; {seconds:.1f} s"))
 
 
@@ -180,7 +186,9 @@ def _table(matrices: Mapping[str, Mapping[str, Any]]) -> list[str]:
         lines.append(f"{path:<{width}}  {shape:>14}  {one['rank']:>5}  {_share(one):>8}  "
                      + (f"{error:>8.3g}" if error is not None else f"{one.get('space', ''):>8}"))
     if len(matrices) > len(worst):
-        lines.append(f".. and {len(matrices) - len(worst)} more, which lose less (lora_report.json)")
+        exact = all(kept[path] >= 1 and matrices[path].get("relative_error", 0) <= NARROW for path in matrices)
+        how = "are no further away" if "wrong" in matrices[worst[0]] else "lose nothing either" if exact else "lose no more"
+        lines.append(f".. and {len(matrices) - len(worst)} more, which {how} (lora_report.json)")
     return lines
 
 

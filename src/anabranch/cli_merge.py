@@ -148,7 +148,7 @@ def verify(
     quiet: console.Quiet = False,
     as_json: console.Json = False,
 ) -> None:
-    """Are these the bytes that its manifest promises, and does the merge give them again? Exit code 1 if not.
+    """Are these the bytes that its manifest promises, and does a merge of a config give them again? Exit code 1 if not.
 
     The models must still be where they were: paths in the config count from the working folder, and from where they did
     when the merge was run.

@@ -28,7 +28,7 @@ from typing import IO
 
 from anabranch import jobs
 from anabranch.attempt import Beats, attend, pull, push
-from anabranch.errors import AnabranchError, BranchFailed, CorruptedError, OutputError, Preempted, RecipeError
+from anabranch.errors import AnabranchError, BranchFailed, OutputError, Preempted, RecipeError
 from anabranch.exit_codes import DONE, PREEMPTED, TRY_AGAIN
 from anabranch.launch.logs import redacted
 from anabranch.perform import recipe_of, trusted_parts

@@ -234,4 +234,10 @@ def vocabulary_words() -> str:
 def test_the_figures_of_surgery_are_those_of_the_records():
     for row in surgery_rows():
         assert row in README
-    assert vocabulary_words() in " ".join(README.split())
+    flat = " ".join(README.split())
+    assert vocabulary_words() in flat
+    (even,) = [s for s in _record("search")["outcome"]["scores"] if s["name"] == "token-weighted merge"]
+    assert f"by {-even['difference']:.3f} (95 % interval {-even['high']:.3f} to {-even['low']:.3f})" in flat
+    merges = {(r["merge"], r["rank"]): r["loss"] for r in _record("lora_merge_loss")["rows"]}
+    exact, cut = (merges["task_arithmetic {'weight': 0.25} core", rank] for rank in (64, 16))
+    assert f"to a quarter of its rank cost {cut - exact:.3f}" in flat

@@ -19,6 +19,7 @@ from anabranch.experts import balance, build, routers
 from anabranch.experts.build import Options, build_experts
 from anabranch.experts.calibrate import _split, calibrate
 from anabranch.experts.routers import degenerate
+from anabranch.experts.settings import read_config
 from anabranch.experts.texts import read_texts
 from tiny_experts import HIDDEN, LAYERS, PROMPTS, config_of, load, write_models
 
@@ -388,3 +389,23 @@ def test_a_prompt_with_a_token_that_the_base_does_not_have(models: Models, tmp_p
     for mode in ("hidden", "cheap_embed"):
         with pytest.raises(ModelError, match="has no embedding"):
             build_experts(config_of(few, models[1], gate_mode=mode), tmp_path / "out")
+
+
+def test_a_completion_is_read_or_asked_for(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in (
+        {"prompt": "a ", "completion": "b"}, {"prompt": said[0], "completion": said[1]}, {"prompt": "a"}, {"content": "c"})))
+    assert read_texts(rows, "--calibrate") == ["a b", "a\nb", "a", "c"]
+    rows.write_text('{"prompt": "a", "completion": ["b"]}\n{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(RecipeError) as caught:
+        read_texts(rows, "--calibrate")
+    assert "row 1: wanted a string, or an object with text, content, messages, or prompt + completion" in str(caught.value)
+    assert "row 2: has `prompt` and `response`" in str(caught.value)
+
+
+def test_equal_experts_and_a_random_router_are_let_be_with_a_warning(models: Models, tmp_path: Path) -> None:
+    config = {"base_model": "m", "experts": [{"source_model": str(tmp_path)}] * 2, "gate_mode": "random"}
+    config["base_model"] = str(tmp_path)
+    assert any("computes what that model does" in text for text in read_config(config).warnings)
+    assert not read_config(config, untrained=True).warnings

@@ -220,6 +220,30 @@ def test_options_that_decide_bytes_count_and_speed_does_not(here):
     assert all(made.values())
 
 
+def test_a_changed_config_of_a_model_and_changed_fisher_information_count(here):
+    for name in "ab":
+        save_file({n: torch.rand_like(t) for n, t in tensors_of(here / name).items()}, here / f"{name}.fisher.safetensors")
+    first = {"merge_method": "fisher", "name": "x", "models": [
+        {"model": m, "fisher": f"{m}.fisher.safetensors", "parameters": {"weight": 1}} for m in "ab"]}
+    write_family(here, first, linear("x", "c"))
+    merge_family("family.yaml", "out", intermediates="kept")
+    save_file({n: torch.rand_like(t) for n, t in tensors_of(here / "a").items()}, here / "a.fisher.safetensors")
+    assert made_by(merge_family("family.yaml", "second", intermediates="kept")) == {"x": True, None: True}
+    config = json.loads((here / "a" / "config.json").read_text())
+    (here / "a" / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    assert made_by(merge_family("family.yaml", "third", intermediates="kept")) == {"x": True, None: True}
+    assert json.loads((here / "third" / "config.json").read_text())["rope_theta"] == 5.0
+
+
+def test_a_folder_with_a_plus_in_its_name_is_a_folder(here):
+    """`x+c` could be the merge with an adapter; what is there comes first, as for every model."""
+    shutil.copytree(here / "c", here / "x+c")
+    write_family(here, linear("a", "b", name="x"), linear("x+c", "a"))
+    merge_family("family.yaml", "out", warn=None)
+    a, c = tensors_of(here / "a"), tensors_of(here / "c")
+    assert_close(here / "out", {n: ((a[n].double() + c[n].double()) / 2).to(a[n].dtype).double() for n in a})
+
+
 def test_a_damaged_intermediate_is_made_again(here):
     merge_family("family.yaml", "out", intermediates="kept")
     file = here / "kept" / "linear" / "model.safetensors"
@@ -298,6 +322,23 @@ def test_intermediates_with_files_of_the_user_stay(here):
     merge_family("family.yaml", "out")
     assert [p.name for p in (here / "out.intermediates").iterdir()] == ["x"]
     assert (here / "out.intermediates" / "x" / ".notes").read_text() == "mine"
+
+
+def test_a_folder_of_intermediates_that_is_a_link_stays(here):
+    (here / "elsewhere").mkdir()
+    (here / "out.intermediates").symlink_to(here / "elsewhere")
+    write_family(here, linear("a", "b", name="x"), linear("x", "c"))
+    merge_family("family.yaml", "out")
+    assert (here / "out.intermediates").is_symlink() and not any((here / "elsewhere").iterdir())
+
+
+def test_no_room_for_outlines(here, monkeypatch):
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(families.tempfile, "mkdtemp", full)
+    with pytest.raises(OutputError, match=r"No space left on device.*TMPDIR"):
+        merge_family("family.yaml", "out")
 
 
 def test_a_link_is_used_and_not_replaced(here):
@@ -535,3 +576,17 @@ def test_one_document_is_the_merge_that_it_was(here):
         Path("one.yaml").write_text(text)
         assert not is_family("one.yaml")
     assert is_family("family.yaml") and not is_family("nowhere.yaml")
+
+
+def test_intermediates_never_go_into_a_model(here):
+    before = sorted(p.name for p in (here / "a").iterdir())
+    with pytest.raises(OutputError, match="is one of the models to be merged, or lies in one"):
+        merge_family(here / "family.yaml", here / "out", intermediates=here / "a")
+    assert sorted(p.name for p in (here / "a").iterdir()) == before and not (here / "out").exists()
+
+
+def test_verify_says_where_the_intermediates_went(here):
+    merge_family(here / "family.yaml", here / "out")
+    with pytest.raises(ModelError, match=r"(?s)other merges of the same file, which went.*--files-only.*second"):
+        verify(here / "out")
+    assert verify(here / "out", files_only=True) == []

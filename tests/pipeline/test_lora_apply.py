@@ -172,6 +172,55 @@ def test_the_commands(made: Callable[..., Any], tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, wanted[name], atol=1e-4, rtol=0)
 
 
+def test_a_finished_folder_is_told_as_such(made: Callable[..., Any], tmp_path: Path) -> None:
+    base, adapter, _ = made("plain")
+    (tmp_path / "merge.yaml").write_text(f"merge_method: task_arithmetic\nmodels:\n  - model: {tmp_path / 'e'}\n"
+                                         f"    parameters: {{weight: 1.0}}\nbase_model: {base}\n")
+    for command in (("apply", base, adapter, tmp_path / "t"),
+                    ("extract", tmp_path / "t", base, tmp_path / "e", "--rank", "3", "-i", "q_proj"),
+                    ("merge", tmp_path / "merge.yaml", tmp_path / "m")):
+        once, twice = (" ".join(run(*command).output.split()) for _ in range(2))
+        assert "already" not in once and " parameters" in once
+        assert "already; nothing was done" in twice and " parameters" not in twice
+        if command[0] == "extract":  # `-i` chooses what is decomposed
+            assert "saved whole: lm_head.weight (1 tensors" in once and "-e leaves modules out" in once
+
+
+def test_advice_stands_once(made: Callable[..., Any], tmp_path: Path) -> None:
+    _, adapter, _ = made("plain")
+    config = transformers.LlamaConfig(**LLAMA | {"hidden_size": 16})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError) as caught:
+        apply(tmp_path / "other", adapter, tmp_path / "out")
+    said = str(caught.value)
+    assert said.count("Give the base it was trained on") == 1 and said.count("has shape") == 6 + 4, said  # saved whole, factors
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_what_is_said_of_a_tied_embedding_is_what_peft_does(both: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | {"tie_word_embeddings": True}))
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=both))
+        for name, parameter in wrapped.named_parameters():
+            if "model.embed_tokens.lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        wrapped.save_pretrained(tmp_path / "a")
+        factors = load_file(tmp_path / "a" / "adapter_model.safetensors")  # as `extract` writes them: the head's are the same
+        save_file({n: t for n, t in factors.items() if "lm_head" not in n}, tmp_path / "a" / "adapter_model.safetensors")
+        ids, said = torch.tensor([[1, 5, 9]]), list[str]()
+        unmerged = wrapped.eval()(ids).logits.detach()
+        folded = wrapped.merge_and_unload()(ids).logits.detach()
+    apply(tmp_path / "base", tmp_path / "a", tmp_path / "out", warn=said.append)
+    got = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()(ids).logits.detach()
+    same = [torch.allclose(got, other, atol=1e-4) for other in (unmerged, folded)]
+    assert same == [both, not both]
+    told = next(text for text in said if "output head" in text)
+    assert ("adds it twice" in told) == both and ("in the embedding alone" in told) == (not both)
+
+
 def test_what_the_factors_dtype_costs_is_told(made: Callable[..., Any], tmp_path: Path) -> None:
     base, adapter, _ = made("plain")
     apply(base, adapter, tmp_path / "tuned")

@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from anabranch import cli_lora
 from anabranch.engine.merging import merge
 from anabranch.errors import AnabranchError, ModelError, OutputError, RecipeError, ShapeMismatch
 from anabranch.lora import spaces
@@ -593,6 +594,32 @@ def test_every_problem_of_a_config_in_one_message(change: dict[str, Any], words:
         merge_adapters(config | change, tmp_path / "a")
     assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "a").exists() and not factors_folder(tmp_path / "a").exists()
+
+
+def test_two_adapters_cannot_be_slerped_and_one_can(bench: Bench, tmp_path: Path) -> None:
+    models = [{"model": str(a)} for a in bench.adapters[:2]]
+    config = {"merge_method": "slerp", "base_model": str(bench.base), "models": models, "parameters": {"t": 0.5}}
+    with pytest.raises(RecipeError, match=r"here are 2 adapters. List one; for several use nuslerp") as caught:
+        merge_adapters(config, tmp_path / "a")
+    assert "of-the-adapters" not in str(caught.value) and len(str(caught.value).splitlines()) == 2
+    assert merge_adapters(config | {"models": models[:1]}, tmp_path / "a").report["matrices"]
+    for name in ("nuslerp", "multislerp"):
+        entries = [one | {"parameters": {"weight": 0.5}} for one in models]
+        assert merge_adapters({"merge_method": name, "models": entries}, tmp_path / name).report["matrices"]
+
+
+def test_several_documents_are_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text("merge_method: ties\n---\nmerge_method: cat\n")
+    with pytest.raises(RecipeError, match=r"holds several documents.*wanted one"):
+        merge_adapters(tmp_path / "two.yaml", tmp_path / "a")
+
+
+def test_the_table_does_not_say_that_equals_lose_less() -> None:
+    one = {"shape": [4, 4], "rank": 2, "kept_energy": 1.0, "relative_error": 0.0}
+    rows = {f"m{i:02}": dict(one) for i in range(14)}
+    assert "2 more, which lose nothing either" in cli_lora._table(rows)[-1]
+    rows["m00"]["kept_energy"] = 0.5
+    assert "2 more, which lose no more" in cli_lora._table(rows)[-1]
 
 
 def test_adapters_of_other_models(bench: Bench, tmp_path: Path) -> None:

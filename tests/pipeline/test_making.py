@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from anabranch.engine import making
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.making import Made, Read, copied, forecast_made, make_model
 from anabranch.engine.merging import verify
@@ -54,7 +55,7 @@ def test_the_same_again_is_nothing_and_something_else_is_refused(tmp_path, origi
     first = make(out, origin)
     before = (out / "model.safetensors").stat().st_mtime_ns
     assert make(out, origin).hash == first.hash and (out / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(OutputError, match="settings"):
+    with pytest.raises(OutputError, match="sizes"):
         make(out, origin, settings={"sizes": [1, 3]})
     tensors = load_file(origin.folder / "model.safetensors")
     save_file(tensors | {"a": tensors["a"] + 1}, origin.folder / "model.safetensors")
@@ -92,6 +93,72 @@ def test_an_input_that_is_changed_while_it_is_read(tmp_path, origin):
     with pytest.raises(CorruptedError, match="changed while it was read"):
         make(tmp_path / "out", origin, [Made({"a": ((3, 4), "F32")}, make_and_spoil)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["origin"]
+
+
+def test_only_what_matters_of_an_input_decides(tmp_path, origin):
+    """Tensors that are not read may change; a file beside the weights that matters may not."""
+    side = tmp_path / "side" / "adapter_config.json"
+    side.parent.mkdir()
+    side.write_text("{}")
+
+    def again(out="out"):
+        checkpoint = Checkpoint.open(origin.folder)
+        return make_model(tmp_path / out, [copied(checkpoint, "n")], {}, [Read("origin", checkpoint, ["n"], [side])],
+                          verb="test", settings={})
+
+    first = again()
+    tensors = load_file(origin.folder / "model.safetensors")
+    save_file(tensors | {"a": tensors["a"] + 1}, origin.folder / "model.safetensors")
+    assert again().hash == first.hash
+    side.write_text('{"r": 2}')
+    with pytest.raises(OutputError, match="other inputs"):
+        again()
+    with pytest.raises(OutputError, match="one of the inputs"):
+        again("side")
+
+
+def test_an_input_that_is_not_what_its_own_manifest_says(tmp_path, origin):
+    make(tmp_path / "first", origin)
+    tensors = load_file(tmp_path / "first" / "model.safetensors")
+    save_file(tensors | {"z": tensors["z"] + 1}, tmp_path / "first" / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "first")
+    with pytest.raises(CorruptedError, match=r"tensor 'z' has other bytes than the folder's own manifest.json says"):
+        make_model(tmp_path / "out", [copied(checkpoint, "n")], {}, [Read("first", checkpoint)], verb="test", settings={})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "origin"]
+
+
+def test_what_was_allowed_before_a_kill_is_not_taken_over_when_it_is_not(tmp_path, origin):
+    def killed():
+        raise KeyboardInterrupt
+
+    made = [Made({"x": ((2,), "F32")}, lambda: {"x": torch.full((2,), float("nan"))}), Made({"y": ((2,), "F32")}, killed)]
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "out", origin, made, threads=1, allow_nonfinite=True)
+    with pytest.raises(CorruptedError, match="'x'"):
+        make(tmp_path / "out", origin, [made[0], Made({"y": ((2,), "F32")}, lambda: {"y": torch.ones(2)})], threads=1)
+
+
+def test_an_adapter_is_one_file(tmp_path, origin):
+    make(tmp_path / "out", origin, max_shard_size=40, stem="adapter_model")
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["adapter_model.safetensors"]
+
+
+def test_groups_that_do_not_fit_side_by_side_take_turns(tmp_path, origin, monkeypatch):
+    at_once, most = [0], [0]
+
+    def make_one(name):
+        at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        time.sleep(0.05)
+        at_once[0] -= 1
+        return {name: torch.ones(2)}
+
+    made = [Made({f"t.{i}": ((2,), "F32")}, lambda i=i: make_one(f"t.{i}"), need=1000) for i in range(6)]
+    for room, together in ((3000, 2), (1500, 1)):
+        monkeypatch.setattr(making, "_room", lambda *_, room=room: (4, room))
+        most[0] = 0
+        make(tmp_path / str(room), origin, made)
+        assert most[0] == together
 
 
 def test_progress_counts_bytes_once(tmp_path, origin):

@@ -236,6 +236,9 @@ def test_a_single_file(here):
     assert (here / "out.safetensors").stat().st_mtime_ns == before and "nothing was done" in told[-1]
     with pytest.raises(OutputError, match="already holds another"):
         merge_tensors(config("linear", listed(a=1, b=2)), "out.safetensors")
+    save_file(load_file("out.safetensors") | {"v.0": load_file("out.safetensors")["v.0"] + 1}, "out.safetensors")
+    with pytest.raises(OutputError, match="another or a damaged merge"):
+        merge_tensors(asked, "out.safetensors")
     save_file({"w": torch.zeros(6, 5)}, "mine.safetensors")
     with pytest.raises(OutputError, match=r"no readable mine.safetensors.manifest.json"):
         merge_tensors(asked, "mine.safetensors")
@@ -335,8 +338,8 @@ def test_the_dry_run_writes_nothing(here):
 
 
 def test_not_onto_its_own_input(here):
-    for out in ("a.safetensors", "."):
-        with pytest.raises(OutputError):
+    for out, says in (("a.safetensors", "one of the files to be merged"), (".", "the folder that you are in")):
+        with pytest.raises(OutputError, match=says):
             merge_tensors(config("linear", listed(a=1, b=1)), out)
     os.mkdir("sub")
     shutil.move("a.safetensors", "sub/a.safetensors")
@@ -441,3 +444,13 @@ def test_a_path_with_signs_of_the_grammar(here):
     shutil.copy("a.safetensors", "a+b@c.safetensors")
     merge_tensors(config("linear", [{"model": "a+b@c.safetensors", "parameters": {"weight": 1}}]), "out")
     assert tensors_of(here / "out")["w"].equal(load_file("a.safetensors")["w"])
+
+
+def test_a_file_is_verified_by_the_manifest_beside_it(here):
+    config = {"merge_method": "linear", "models": [{"model": "a.safetensors", "parameters": {"weight": 1.0}}]}
+    merge_tensors(config, here / "one.safetensors")
+    assert verify(here / "one.safetensors") == []
+    tensors = load_file(here / "one.safetensors")
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: tensors[name] + 1}, here / "one.safetensors")
+    assert [name in line for line in verify(here / "one.safetensors")] == [True]

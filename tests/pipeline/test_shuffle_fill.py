@@ -271,6 +271,24 @@ def test_a_part_with_a_prefix_of_its_own(here):
     assert all(t.equal(part.get(f"wrapped.{n}", before[n])) for n, t in out.items())
 
 
+def test_a_tensor_with_and_without_a_prefix_is_not_dropped(here):
+    """Both could go to one place, and one would be lost."""
+    found = {n: t for n, t in tensors_of(here / "b").items() if "layers.2" in n}
+    name, tensor = next(iter(found.items()))
+    save_file({name: tensor + 1, **{f"wrapped.{n}": t for n, t in found.items()}}, "part.safetensors")
+    with pytest.raises(ShapeMismatch, match=f"(?s)has no place for.*'wrapped.{name}'"):
+        fill("a", "part.safetensors")
+
+
+def test_one_stranger_under_a_prefix_of_the_parts_own_is_named(here):
+    found = {f"wrapped.{n}": t for n, t in tensors_of(here / "b").items() if "layers.2" in n}
+    for stranger in ("foreign", "wrapped.foreign"):
+        save_file(found | {stranger: torch.ones(1)}, "part.safetensors")
+        with pytest.raises(ShapeMismatch, match=f"(?s)\\({len(found)} others have one\\).*'{stranger}'") as caught:
+            fill("a", "part.safetensors")
+        assert str(caught.value).count("tensor '") == 1
+
+
 def test_names_as_they_are_come_first(here):
     save_file({"norm": torch.zeros(2), "inner.norm": torch.ones(2)}, here / "a" / "model.safetensors")
     save_file({"norm": torch.full((2,), 5.0)}, "part.safetensors")
@@ -308,6 +326,18 @@ def test_parts_that_do_not_fit(here, part, says):
     with pytest.raises(ShapeMismatch) as caught:
         run("fill", "a", "part.safetensors", "out")
     assert says in str(caught.value) and not list(here.glob("out*"))
+
+
+def test_a_models_own_code_comes_along(here):
+    (here / "a" / "modeling_own.py").write_text("raise SystemExit\n")
+    save_file({n: t for n, t in tensors_of(here / "b").items() if "layers.2" in n}, "part.safetensors")
+    fill("a", "part.safetensors")
+    assert not (here / "out" / "modeling_own.py").exists()
+    shutil.rmtree(here / "out")
+    config = json.loads((here / "a" / "config.json").read_text())
+    (here / "a" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_own.Own"}}))
+    fill("a", "part.safetensors")
+    assert (here / "out" / "modeling_own.py").read_text() == "raise SystemExit\n"
 
 
 def test_all_mismatches_in_one_message(here):

@@ -67,6 +67,20 @@ def test_omp_with_k_of_the_rank_reproduces_targets_in_the_span():
         close(ways.omp(*tensors(targets, x, y), k), wanted, 1e-3)
 
 
+def test_omp_stops_where_a_target_is_reproduced_and_keeps_axes_orthogonal():
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.randn(30, 20, generator=generator)
+    _, weights = ways.pursuit(3 * atoms[:1] + 100 * atoms[1:2], atoms, 12)
+    assert int((weights != 0).sum()) < 12  # rounding is not pursued
+    alike = torch.randn(1, 64, generator=generator) + 1e-3 * torch.randn(100, 64, generator=generator)
+    targets = torch.randn(5, 64, generator=generator)
+    chosen, weights = ways.pursuit(targets, alike, 40)
+    for target, which, found in zip(targets.double(), chosen, weights.double(), strict=True):
+        span = alike[which].double().T
+        best = torch.linalg.lstsq(span, target[:, None], driver="gelsd").solution[:, 0]
+        assert (span @ found - target).norm() <= (span @ best - target).norm() + 1e-2 * target.norm()
+
+
 def test_omp_of_an_anchor_and_of_zero():
     x = np.diag([3.0, 2.0, 1.0])
     chosen, weights = ways.pursuit(*tensors(np.array([[0, 2.0, 0], [0, 0, 0]]), x), 3)

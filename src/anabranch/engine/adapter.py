@@ -120,7 +120,7 @@ class Adapter:
             more = len(problems) - SHOWN
             shown = problems[:SHOWN] + ([f".. and {more} more like these"] if more > 0 else [])
             raise ModelError.of(f"adapter {folder}: cannot be folded into {base.folder}:", shown)
-        warnings = [*_other_base(config, base), *_tied_product(changes, base)]
+        warnings = [*_other_base(config, base), *_tied_product(config, changes, base)]
         return cls(folder, base, tuple(warnings), changes, file)
 
     @property
@@ -316,11 +316,15 @@ def _other_base(config: Mapping[str, Any], base: Checkpoint) -> Iterator[str]:
                "weights does it do what it was trained to do")
 
 
-def _tied_product(changes: Mapping[str, _Change], base: Checkpoint) -> Iterator[str]:
+def _tied_product(config: Mapping[str, Any], changes: Mapping[str, _Change], base: Checkpoint) -> Iterator[str]:
+    """PEFT's `ensure_weight_tying` gives the head the embedding's factors, and knows the embedding by this name only."""
     for name, change in changes.items():
         if change.products and EMBEDDING.search(name) and _has_tied_head(base):
+            both = bool(config.get("ensure_weight_tying")) and name.endswith("embed_tokens.weight")
             yield (f"the adapter changes '{name}', which is also the output head of this base: once folded it acts in both "
-                   "places, as with PEFT's merge_and_unload; while it was trained it acted in the embedding alone")
+                   "places, " + ("as it does unmerged in PEFT (`ensure_weight_tying`); PEFT's merge_and_unload adds it twice"
+                                 if both else
+                                 "as with PEFT's merge_and_unload; while it was trained it acted in the embedding alone"))
 
 
 # ------------------------------------------------------------------------------------------------ the adapter's tensors

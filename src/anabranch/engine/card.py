@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -16,7 +17,8 @@ def model_card(config: MergeConfig, text: str) -> str:
     metadata = {"base_model": [r.path for r in config.models if _on_hub(r)], "library_name": "transformers",
                 "tags": ["merge", "anabranch", config.method]}
     head = yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=True, allow_unicode=True)
-    models = [f"- {_named(r)}{' (base)' if r == config.base else ''}" for r in config.models]
+    names = _named(config.models)
+    models = [f"- {name}{' (base)' if r == config.base else ''}" for r, name in zip(config.models, names, strict=True)]
     fence = "`" * max(3, _longest_run(text) + 1)
     return "\n".join([
         "---", head + "---", "", f"# {_title(config)}", "",
@@ -33,12 +35,17 @@ def _on_hub(reference: Reference) -> bool:
     return "/" in reference.path and HUB_ID.fullmatch(reference.path) is not None and not os.path.isdir(reference.path)
 
 
-def _named(reference: Reference) -> str:
-    """A hub id as a link; of a folder its last part only: where it lay is no one's business."""
-    if _on_hub(reference):
-        return f"[{reference}](https://huggingface.co/{reference.path})"
-    adapter = f" + {Path(reference.adapter).name}" if reference.adapter else ""
-    return f"{Path(reference.path.replace(chr(92), '/')).name}{adapter}"
+def _named(references: Sequence[Reference]) -> list[str]:
+    """Hub ids as links; of a folder as many of its last parts as tell it from the others: where it lay is no one's business."""
+    parts = [Path(r.path.replace(chr(92), "/")).parts for r in references]
+    depth = next((d for d in range(1, max(map(len, parts), default=1) + 1)
+                  if len({p[-d:] for p in parts}) == len(set(parts))), 1)
+    names = []
+    for reference, part in zip(references, parts, strict=True):
+        adapter = f" + {Path(reference.adapter).name}" if reference.adapter else ""
+        names.append(f"[{reference}](https://huggingface.co/{reference.path})" if _on_hub(reference)
+                     else f"{'/'.join(part[-depth:])}{adapter}")
+    return names
 
 
 def _longest_run(text: str) -> int:

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -315,7 +315,11 @@ def _planned(config: Path | str | Sequence[Mapping[str, Any]], out: Path | str, 
     with _scratch() as outlines:
         family = _Family(graph, place, root, keep or intermediates is not None or graph.result is None, home, options, outlines)
         _plan(family)
-        clash = [str(root / name) for name in graph.names if _holds((root / name).resolve(), family.leaves)]
+        clash = [str(root / name) for name in graph.names
+                 if any(leaf.is_relative_to((root / name).resolve()) for leaf in family.leaves)]
+        if (model := next((leaf for leaf in family.leaves if root.resolve().is_relative_to(leaf)), None)) is not None:
+            raise OutputError(f"{root} is to hold the intermediates, and is one of the models to be merged, or lies in one "
+                              f"({model}). Give another folder.")
         if clash:
             raise OutputError.of("these models would be replaced by results of the same names. Keep the intermediates in "
                                  "another folder:", clash)
@@ -329,7 +333,10 @@ def _text(config: Path | str | Sequence[Mapping[str, Any]]) -> str:
 @contextmanager
 def _scratch() -> Iterator[Path]:
     """A folder for outlines, gone at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="anabranch-outlines-")).resolve()
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="anabranch-outlines-")).resolve()
+    except OSError as error:
+        raise OutputError(f"cannot plan the family: no temporary files ({error.strerror or error}). Set TMPDIR.") from error
     try:
         yield folder
     finally:
@@ -446,7 +453,7 @@ def _remove_intermediates(family: _Family) -> None:
                 place, MergeManifest.load(place / MANIFEST), family.plans[name]):
             with suppress(OutputError):  # the result is there; what is left of this is only told
                 _clear(place)
-    if family.root.is_dir() and not any(family.root.iterdir()):
+    with suppress(OSError):  # not empty, or a link
         family.root.rmdir()
 
 
@@ -460,10 +467,6 @@ def _strange_in(place: Path, manifest: MergeManifest, plan: Plan) -> list[str]:
     names = [path.relative_to(place).as_posix() for path in found]
     strange = [name for name in names if name not in ours and not weights.fullmatch(name)]
     return [*strange[:SHOWN], *([f".. and {len(strange) - SHOWN} more"] if len(strange) > SHOWN else [])]
-
-
-def _holds(place: Path, folders: Iterable[Path]) -> bool:
-    return any(folder.is_relative_to(place) for folder in folders)
 
 
 def _is_of_a_family(place: Path) -> bool:

@@ -168,7 +168,8 @@ def forecast_made(out: Path | str, made: Sequence[Made], files: Mapping[str, byt
         f"{len(files)} others; {free / 1e6:,.0f} MB are free in {existing_parent(place)}",
         f"memory: at most {(occupied() + SLACK + min(room, side_by_side)) / 1e6:,.0f} MB, {workers} "
         f"thread{'s' if workers != 1 else ''}",
-        *([f"problem: {place} is there already, and is not empty"] if place.is_dir() and any(place.iterdir()) else []),
+        *([f"{place} holds a result already: the command does nothing if it is this very one, and refuses if it is not"]
+          if place.is_dir() and any(place.iterdir()) else []),
         *([] if size <= free else [f"problem: the disk has {size - free:,} bytes too little"])]
 
 

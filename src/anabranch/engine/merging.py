@@ -222,12 +222,16 @@ def verify(folder: Path | str, *, files_only: bool = False, allow_pickle: bool =
     inputs can no longer be had.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise ModelError(f"{folder}: not there. Give the folder that a merge, or another command, has made.")
+    if not manifest_of(folder).is_file():
+        raise ModelError(f"{folder}: has no {MANIFEST}, so there is nothing to hold it to: Anabranch did not make it, or the "
+                         "manifest was removed.")
     problems = verify_files(folder)
-    if problems or files_only:
+    if problems or files_only or not is_repeatable(folder):
         return problems
     manifest = MergeManifest.load(folder / MANIFEST)
-    if manifest.config is None:
-        return []
+    assert manifest.config is not None  # it is repeatable
     places = tuple((folder / place).resolve() for place in manifest.found_from)
     config = read_config(manifest.config, source=str(folder / MANIFEST), folders=(Path.cwd(), *places), allow_unknown_keys=True)
     _check_places(config, manifest)
@@ -241,16 +245,21 @@ def verify(folder: Path | str, *, files_only: bool = False, allow_pickle: bool =
 
 def is_repeatable(folder: Path | str) -> bool:
     """Whether a folder keeps the config that it was merged from, so that `verify` can compute it once more."""
-    return MergeManifest.load(Path(folder) / MANIFEST).config is not None
+    manifest = MergeManifest.load(manifest_of(Path(folder)))
+    return manifest.config is not None and manifest.verb is None and not Path(folder).is_file()
 
 
 def _check_places(config: MergeConfig, manifest: MergeManifest) -> None:
     """A model that was a folder is never looked for on the Hub. Raises ModelError."""
     local = {one.label for one in manifest.inputs if one.local}
     lost = [str(reference) for reference in config.models if str(reference) in local and not os.path.isdir(reference.path)]
+    if lost and "family" in manifest.made_from:
+        raise ModelError.of("these are other merges of the same file, which went when it was done: run the merge again with "
+                            "`--intermediates DIR`, which keeps them, or hold the files alone to the manifest "
+                            "(`--files-only`):", lost)
     if lost:
         raise ModelError.of("these models were folders when they were merged, and are not there. Run it from the folder where "
-                            "the merge was run, or put them back:", lost)
+                            "the merge was run, put them back, or hold the files alone to the manifest (`--files-only`):", lost)
 
 
 def place_for(out: Path | str) -> Path:
@@ -354,6 +363,8 @@ def write(merge: Merge, folder: OutputFolder, settings: Settings, recorded: Mapp
 
 def verify_files(folder: Path) -> list[str]:
     """What is wrong with a merged folder, by its manifest: files missing or changed, tensors changed, weights added."""
+    if folder.is_file():  # of `anabranch tensors`, its manifest beside it
+        return _verify_file(folder)
     try:
         manifest = MergeManifest.load(folder / MANIFEST)
     except CorruptedError as error:
@@ -380,6 +391,21 @@ def verify_files(folder: Path) -> list[str]:
     added = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return problems + [f"{folder / name}: not made by the merge" for name in added
                        if name not in ours and not any(part.startswith(".") for part in name.split("/"))]
+
+
+def manifest_of(place: Path) -> Path:
+    """Where the manifest of a result stands: in the folder, or beside a file."""
+    return place.with_name(f"{place.name}.{MANIFEST}") if place.is_file() else place / MANIFEST
+
+
+def _verify_file(file: Path) -> list[str]:
+    try:
+        manifest, checkpoint = MergeManifest.load(manifest_of(file)), Checkpoint.of_file(file)
+    except AnabranchError as error:
+        return [str(error)]
+    return [f"tensor '{name}' of {file}: missing, added or changed since the merge"
+            for name in sorted(manifest.tensors.keys() | checkpoint.tensors.keys())
+            if name not in checkpoint.tensors or hash_of(checkpoint, name) != manifest.tensors.get(name)]
 
 
 def hash_of(checkpoint: Checkpoint, name: str) -> str | None:
@@ -479,20 +505,34 @@ def already_there(out: Path, wanted: Mapping[str, Any], plan: OutputPlan | None 
     """The manifest in `out`, if that is this very merge; None if `out` is free. Raises OutputError otherwise."""
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return None
-    remedy = ("Choose another output folder, or, if nothing in it is needed, remove this one (in a run: `--from merge`); "
-              "nothing was changed.")
+    of_a_run = " (in a run: `--from merge`)" if "made_from" in wanted else ""
+    remedy = f"Choose another output folder, or, if nothing in it is needed, remove this one{of_a_run}; nothing was changed."
     try:
         manifest = MergeManifest.load(out / MANIFEST)
     except CorruptedError as error:
         raise OutputError(f"{out} is already there, and no readable {MANIFEST} says what it is. {remedy}") from error
-    differing = ["it was made from another config (mergekit_config.yml in it)" if key == "config" else
-                 f"{key}: {getattr(manifest, key)!r} there, {value!r} wanted now"
-                 for key, value in wanted.items() if getattr(manifest, key) != value]
+    differing = ["it was made from another config (mergekit_config.yml in it)" if key == "config" else line
+                 for key, value in wanted.items() for line in _differences(key, getattr(manifest, key), value)]
     if plan is not None and {p.name for p in out.glob("*.safetensors")} != {shard.file for shard in plan.shards}:
         differing.append("its weights are cut into files of another size")
     if problems := differing or verify_files(out):
-        raise OutputError.of(f"{out} already holds another or a damaged merge. {remedy}", problems)
+        what = "merge" if manifest.verb is None else "result"
+        raise OutputError.of(f"{out} already holds another or a damaged {what}. {remedy}", problems)
     return manifest
+
+
+def _differences(key: str, there: Any, wanted: Any) -> list[str]:
+    """What is not as wanted, of settings each by itself."""
+    if isinstance(there, dict) and isinstance(wanted, Mapping):
+        inside = "" if key == "settings" else f"{key}."
+        return [line for name in sorted({*there, *wanted})
+                for line in _differences(f"{inside}{name}", there.get(name), wanted.get(name))]
+    return [] if there == wanted else [f"{key}: {_short(there)} there, {_short(wanted)} wanted now"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + " .."
 
 
 def carried_files(base: Checkpoint, plan: OutputPlan, dtype: str | None) -> dict[str, Path | bytes]:

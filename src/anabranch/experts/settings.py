@@ -126,9 +126,12 @@ def read_config(config: Path | str | Mapping[str, Any], *, untrained: bool = Fal
     problems += _wrong_numbers(file)
     if file.gate_mode not in DRAWN:
         problems += _wrong_prompts(experts)
-        if len(experts) == len(file.experts) and len({e.model for e in experts}) == 1 and not untrained:
-            problems.append(f"experts: all are {experts[0].model}. Such a mixture computes what that model does until it is "
-                            f"trained; if that is what you want, say {TRAINING}.")
+    if len(experts) == len(file.experts) and len({e.model for e in experts}) == 1 and not untrained:
+        alike = f"experts: all are {experts[0].model}. Such a mixture computes what that model does until it is trained"
+        if file.gate_mode in DRAWN:  # the peer, too, checks nothing then
+            warnings.append(alike)
+        else:
+            problems.append(f"{alike}; if that is what you want, say {TRAINING}.")
     if problems or base is None:
         raise RecipeError.of(f"{where}:", problems)
     if len(experts) & (len(experts) - 1):

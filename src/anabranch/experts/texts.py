@@ -10,13 +10,16 @@ from typing import Any
 from anabranch.errors import RecipeError
 
 FIELDS = ("text", "prompt", "content")
+WANTED = "text, content, messages, or prompt + completion"
+ANSWERS = ("response", "answer", "output", "chosen")  # what others call a completion
 LONGEST = 512
 
 
 def read_texts(path: Path, option: str) -> list[str]:
     """The texts of a file, empty ones left out.
 
-    A row of JSON is a string, or an object with `text`, `prompt` (and `completion`, joined to it), or `messages`.
+    A row of JSON is a string, or an object with `text`, `content`, `messages`, or `prompt` and `completion`, which are
+    joined (strings, or lists of messages). A prompt stands alone only where nothing looks like its completion.
     Raises RecipeError: unreadable, a row that is none of these, or no text at all; all problems in one message.
     """
     try:
@@ -32,7 +35,9 @@ def read_texts(path: Path, option: str) -> list[str]:
         texts = []
         for number, row in _rows(content, path, problems):
             if (text := _text_of(row)) is None:
-                problems.append(f"row {number}: wanted a string, or an object with {', '.join(FIELDS)} or messages")
+                problems.append(f"row {number}: wanted a string, or an object with {WANTED}")
+            elif (stray := _answer_elsewhere(row)) is not None:
+                problems.append(f"row {number}: has `prompt` and `{stray}`; call what follows a prompt `completion`")
             else:
                 texts.append(text)
         if problems:
@@ -66,12 +71,31 @@ def _text_of(row: Any) -> str | None:
         return row
     if not isinstance(row, dict):
         return None
-    messages = row.get("messages")
+    if (said := _said(row.get("messages"))) is not None:
+        return said
+    if isinstance(row.get("prompt"), list):  # a conversation, and its next message
+        before, after = _said(row["prompt"]), _said(row.get("completion", []))
+        return None if before is None or after is None else "\n".join(part for part in (before, after) if part)
+    key = next((key for key in FIELDS if isinstance(row.get(key), str)), None)
+    if key is None:
+        return None
+    text, answer = row[key], row.get("completion")
+    if key != "prompt" or answer is None:
+        return str(text)
+    return text + answer if isinstance(answer, str) else None
+
+
+def _said(messages: Any) -> str | None:
     if isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
         return "\n".join(m["content"] for m in messages)
-    text = next((row[key] for key in FIELDS if isinstance(row.get(key), str)), None)
-    answer = row.get("completion")
-    return text + answer if text is not None and isinstance(answer, str) else text
+    return None
+
+
+def _answer_elsewhere(row: Any) -> str | None:
+    """The key of a row with a prompt under which its completion seems to stand."""
+    if not isinstance(row, dict) or "completion" in row or any(row.get(key) for key in ("messages", "text")):
+        return None
+    return next((key for key in ANSWERS if "prompt" in row and row.get(key)), None)
 
 
 def token_ids(texts: Sequence[str], tokenizer: Any, what: str, warnings: list[str]) -> list[list[int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.fetch import quantisation, resolve
 from anabranch.engine.layout import set_dtype
 from anabranch.engine.making import Made, Read, copied, forecast_made, make_model
+from anabranch.engine.merging import place_for
+from anabranch.engine.output import MANIFEST
 from anabranch.engine.plan import DTYPES
 from anabranch.engine.stream import Progress
 from anabranch.errors import CorruptedError, ModelError, RecipeError, closest
@@ -72,9 +76,14 @@ def apply(
         ModelError: what cannot be folded, by name: a quantised base, an adapter that is no fixed change of weights.
         CorruptedError, OutputError, RecipeError: as `make_model`.
     """
-    made, files, inputs, settings = _planned(base, adapter, dtype, warn or (lambda _: None))
-    return make_model(out, made, files, inputs, verb=VERB, settings=settings, max_shard_size=max_shard_size, threads=threads,
-                      memory=memory, allow_nonfinite=allow_nonfinite, progress=progress)
+    say, place = warn or (lambda _: None), place_for(out)
+    made, files, inputs, settings = _planned(base, adapter, dtype, say)
+    there = (place / MANIFEST).is_file()
+    manifest = make_model(place, made, files, inputs, verb=VERB, settings=settings, max_shard_size=max_shard_size,
+                          threads=threads, memory=memory, allow_nonfinite=allow_nonfinite, progress=progress)
+    if there:
+        say(f"{place} holds this very model already; nothing was done")
+    return manifest
 
 
 def forecast(base: Path | str, adapter: Path | str, out: Path | str, *, dtype: str | None = None,
@@ -93,7 +102,10 @@ def _planned(base: Path | str, adapter: Path | str, dtype: str | None, warn: Cal
     if packed := quantisation(checkpoint):
         raise ModelError(f"{base}: its weights are quantised ({packed}), and a sum with packed weights has no meaning. Give "
                          "the base as it was before it was quantised.")
-    opened, magnitudes = _opened(folder, checkpoint)
+    try:
+        opened, magnitudes = _opened(folder, checkpoint)
+    except ModelError as error:
+        raise ModelError(advice_once(str(error))) from error
     for text in opened.warnings:
         warn(text)
     stored = DTYPES[dtype] if dtype else None
@@ -109,6 +121,19 @@ def _planned(base: Path | str, adapter: Path | str, dtype: str | None, warn: Cal
     inputs = [Read(str(base), checkpoint),
               Read(str(adapter), Checkpoint.of_file(folder / WEIGHTS), companions=(folder / CONFIG,))]
     return made, files, inputs, {"dtype": dtype}
+
+
+def advice_once(message: str) -> str:
+    """A list of problems in which what several of them end with stands once, after them."""
+    title, *lines = message.splitlines()
+    ends = [[line[m.end():] for m in re.finditer(r"[:.] (?=\S)", line)] for line in lines]
+    counts = Counter(end for some in ends for end in some)
+    advice = dict[str, None]()
+    for i, some in enumerate(ends):
+        if (end := next((e for e in some if counts[e] > 1), None)) is not None:
+            lines[i] = lines[i].removesuffix(end).rstrip(" :.")
+            advice[end[0].upper() + end[1:]] = None
+    return "\n".join([title, *lines, *advice])
 
 
 def _folded(adapter: Adapter, magnitudes: Magnitudes | None, name: str, dtype: str | None) -> Made:

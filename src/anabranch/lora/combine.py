@@ -84,6 +84,7 @@ def merge_adapters(
     settings = _settings(job, dtype)
     inputs = _inputs(job)
     if (there := done_already(place, VERB, settings, inputs, seed)) is not None:
+        say(f"{place} holds this very adapter already; nothing was done")
         return there
     plans = {path: plan_of(job, one) for path, one in job.places.items()}
     saved = _whole(job, dtype)

@@ -91,6 +91,7 @@ def read_adapter_merge(config: Path | str | Mapping[str, Any]) -> AdapterMerge:
         problems.append("space: `compressed` merges in a space of a given rank. Give `rank:`")
     if method in (CAT, PEFT_LINEAR):
         problems += [f"`{key}`: {method} has its own rank and needs none" for key in OWN[:4] if own[key] is not None]
+    problems += _too_many_to_slerp(rest)
     merge = _merge(rest, str(method), where, folders, problems)
     if problems or merge is None:
         raise RecipeError.of(f"{where}:", list(dict.fromkeys(problems)))
@@ -107,6 +108,9 @@ def _loaded(config: Path | str | Mapping[str, Any], where: str) -> tuple[dict[st
     except UnicodeDecodeError as error:
         raise RecipeError(f"{where}: not text in UTF-8 ({error}).") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, yaml.MarkedYAMLError) and "single document" in str(error.context):
+            raise RecipeError(f"{where}: holds several documents (parts after a line `---`), wanted one. Give each a file of "
+                              "its own.") from error
         raise RecipeError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{where}: holds {shown(value)}, wanted a mapping with at least `merge_method:` and `models:`")
@@ -131,6 +135,16 @@ def _choice(own: Mapping[str, Any], problems: list[str]) -> Choice:
     return choice
 
 
+def _too_many_to_slerp(rest: Mapping[str, Any]) -> list[str]:
+    """`anabranch merge` says it of models, two of which slerp does take."""
+    method, models = rest.get("merge_method"), rest.get("models")
+    if method != "slerp" or not isinstance(models, list) or len(models) < 2:
+        return []
+    others = "nuslerp, which takes two, or multislerp" if len(models) == 2 else "multislerp, or nuslerp, which takes two"
+    return [f"models: slerp goes from `base_model` to the base with one adapter on it, and here are {len(models)} adapters. "
+            f"List one; for several use {others}"]
+
+
 def _merge(rest: Mapping[str, Any], method: str, where: str, folders: Sequence[Path],
            problems: list[str]) -> MergeConfig | None:
     """The part that is a merge config, with problems in the words of one."""
@@ -138,6 +152,8 @@ def _merge(rest: Mapping[str, Any], method: str, where: str, folders: Sequence[P
     given = dict(rest) | {"merge_method": known}
     if known not in BASE_IS_A_BRANCH:
         given["base_model"] = PLACEHOLDER
+    if _too_many_to_slerp(rest):  # said already
+        given["models"] = given["models"][:1]
     try:
         return config_of(given, source=where, folders=folders)
     except RecipeError as error:

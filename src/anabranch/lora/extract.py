@@ -125,6 +125,7 @@ def extract(
     place, say = place_for(out), warn or (lambda _: None)
     inputs, settings = _opened(finetuned, base), _settings(wish)
     if (there := done_already(place, VERB, settings, inputs, seed)) is not None:
+        say(f"{place} holds this very adapter already; nothing was done")
         return there
     tuned, origin = inputs[0].checkpoint, inputs[1].checkpoint
     modules = modules_of(tuned, say)

@@ -47,7 +47,8 @@ def baselines(first: Mapping[str, Any], folders: Sequence[Path], weights: Sequen
         raise RecipeError(f"token_weights: {len(weights)} numbers for {len(names)} models ({', '.join(names)}), wanted one "
                           "each.")
     found = (dict(zip(names, weights, strict=True)) if weights is not None else
-             {name: run[Path(reference.path)] for name, reference in names.items() if Path(reference.path) in run})
+             {name: run[Path(reference.path)] for name, reference in names.items()
+              if Path(reference.path) in run and reference.adapter is None})  # with an adapter it is another model
     if len(found) == len(names) and sum(found.values()) > 0:
         made[TOKENS] = linear({name: weight / sum(found.values()) for name, weight in found.items()})
     else:

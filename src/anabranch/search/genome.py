@@ -50,7 +50,10 @@ class GenomeSpace:
     def dimensions(self) -> tuple[Dimension, ...]:
         """Where random search and optuna draw genes: from 0 to 1, weights from -1 if they may be negative."""
         genes = GENES[self.genome.merge_method]
-        sets = [*(self.genome.filters or []), "rest"]
+        rest = "rest"
+        while rest in (self.genome.filters or []):  # names of dimensions must differ
+            rest = f"({rest})"
+        sets = [*(self.genome.filters or []), rest]
         found = []
         for g, m, f, p in np.ndindex(self.shape):
             low = -1.0 if self.genome.allow_negative_weights and genes[p] == "weight" else 0.0
@@ -149,6 +152,7 @@ def _slerp_slice(genome: GenomeSetting, genes: np.ndarray, span: list[int]) -> d
     listed first counts as larger)."""
     x = genes[:, 0, 0]
     first, second = np.argsort(-x, kind="stable")[:2]
-    t = 1 / (1 + math.exp(float(x[first] - x[second])))
+    share = math.exp(float(x[second] - x[first]))  # at most 1: never too large, however far apart the genes are
+    t = share / (1 + share)
     return {"sources": [{"model": genome.models[i], "layer_range": list(span)} for i in (first, second)],
             "base_model": genome.models[first], "parameters": {"t": t}}

@@ -177,7 +177,8 @@ class Workshop:
         prepared = prepare(config, "", self.options)
         self.warnings += [w for w in prepared.warnings if w not in self.warnings]
         merge = self._resident_merge(prepared.merge, key)
-        if not merge.readers and config.tokenizer is None:
+        # a config that reads nothing through its adapter has no readers, and the next one may want them
+        if not any(one.adapter for one in merge.inputs) and config.tokenizer is None:
             self._known[key] = merge, [layout_of(c) for c in merge.opened]
         return merge
 

@@ -3,13 +3,15 @@
     {"search": {name: hash, ..}}                                               first line: which search this is
     {"arm": "search", "n": 0, "vector": [..], "score": 1.2, "objectives": {..}, "units": {..}, "seconds": .., "failed": null}
 
-A line that a kill cut short is dropped; so is everything that does not end in a newline.
+A line that a kill cut short is dropped; so is everything that does not end in a newline. A journal without candidates holds
+nothing to lose, and is begun anew by any search.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from anabranch.artifacts import write_atomically
 from anabranch.errors import CorruptedError, OutputError
 
 JOURNAL = "journal.jsonl"
+ARMS = ("search", "random")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Journal:
 
     def add(self, line: Line) -> None:
         """On the disk when this returns. Raises OutputError."""
-        text = json.dumps(vars(line), ensure_ascii=False) + "\n"
+        text = json.dumps(vars(line)) + "\n"
         try:
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             try:
@@ -70,8 +73,8 @@ def opened(folder: Path, search: Mapping[str, str]) -> Iterator[Journal]:
     """The journal in `folder`, held against a second search in it. `search`: what makes it this search.
 
     Raises:
-        OutputError: another process writes it, or it is of another search.
-        CorruptedError: a line, other than the last, that is none.
+        OutputError: another process writes it, or it has candidates of another search.
+        CorruptedError: a line that ends in a newline and is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -94,20 +97,38 @@ def _read(path: Path, search: Mapping[str, str]) -> Journal:
     whole = data[: data.rfind(b"\n") + 1]
     lines = whole.splitlines()
     if not lines:
-        write_atomically(path, (json.dumps({"search": dict(search)}) + "\n").encode())
+        write_atomically(path, _header(search))
         return Journal(path)
     try:
         said = json.loads(lines[0])["search"]
-        read = [Line(**json.loads(line)) for line in lines[1:]]
+        read = [_line(json.loads(line)) for line in lines[1:]]
         if not isinstance(said, dict):
             raise ValueError("no `search` in the first line")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptedError(f"{path}: not the journal of a search ({error}). Remove it to search anew.") from error
     differing = [f"{name}: other than when it was begun" for name in sorted(said.keys() | search.keys())
                  if said.get(name) != search.get(name)]
+    if differing and not read:
+        write_atomically(path, _header(search))
+        return Journal(path)
     if differing:
         raise OutputError.of(f"{path} is the journal of another search. Choose another OUT, or remove it (what it found is "
                              "lost); nothing was changed.", differing)
     if len(whole) < len(data):
         write_atomically(path, whole)
     return Journal(path, read)
+
+
+def _header(search: Mapping[str, str]) -> bytes:
+    return (json.dumps({"search": dict(search)}) + "\n").encode()
+
+
+def _line(value: Any) -> Line:
+    """Raises ValueError or TypeError for what `Journal.add` cannot have written."""
+    line = Line(**value)
+    numbers = [line.seconds, *line.objectives.values(), *line.units.values(), *([] if line.score is None else [line.score])]
+    if (line.arm not in ARMS or type(line.n) is not int or type(line.vector) is not list
+            or any(type(v) not in (int, float) for v in numbers) or (line.score is None) != isinstance(line.failed, str)
+            or (line.score is not None and not (math.isfinite(line.score) and line.objectives))):
+        raise ValueError(f"no candidate: {str(value)[:200]}")
+    return line

@@ -59,7 +59,8 @@ class SearchOutcome(Artifact):
     front_guard: list[dict[str, float]] = Field(description="the front's objectives on the guard rows")
     scores: list[GuardScore] = Field(description="the best, then what it is held against")
     left_out: dict[str, str] = Field(description="baselines that could not be made, and why")
-    overfit: dict[str, float] = Field(description="gain over the uniform merge on searched and on guard rows; their difference")
+    overfit: dict[str, float] = Field(description="gain over the uniform merge on searched and on guard rows; their "
+                                                  "difference, which is over-fitting and chance between the halves")
     verdict: list[str] = Field(description="sentences; what the figures say and what they do not")
 
 
@@ -101,7 +102,7 @@ def verdict(scores: Sequence[GuardScore], best: Evaluated, overfit: dict[str, fl
         if one.difference is None:
             continue
         if one.low is None or one.high is None:
-            word = "better than" if one.difference < 0 else "no better than"
+            word = "better than" if one.difference < 0 else "WORSE than" if one.difference > 0 else "level with"
             said.append(f"Guard rows: the best is {word} {one.name} by {abs(one.difference):.4f}; no interval, as rows are "
                         "too few or a metric is no mean over them.")
         elif one.high < 0:
@@ -119,9 +120,10 @@ def verdict(scores: Sequence[GuardScore], best: Evaluated, overfit: dict[str, fl
                     f"{scores[0].guard:.4f}).")
     if overfit:
         gap = overfit["gap"]
-        fitted = f"; {gap:.4f} of it is fitted to the searched rows." if gap > 0 else "; nothing of it is over-fitted."
         said.append(f"Gain over the uniform merge: {overfit['searched']:.4f} on searched rows, {overfit['guard']:.4f} on guard "
-                    f"rows{fitted}")
+                    f"rows; the difference, {gap:+.4f}, is "
+                    + ("over-fitting to the searched rows, or chance between the halves." if gap > 0 else
+                       "no sign of over-fitting."))
     if best.arm == "random":
         said.append("The lowest searched score was found by random search, not by the sampler.")
     drawn = {score.drawn for score in scores[1:]} - {None}

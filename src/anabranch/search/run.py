@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,21 +21,20 @@ from typing import Any
 
 import yaml
 
-from anabranch import __version__
 from anabranch.artifacts import Mixture, digest, write_atomically
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.dialect import config_of
 from anabranch.engine.fetch import resolve
 from anabranch.engine.layout import layout_of
 from anabranch.engine.merging import merge_config, place_for, settings_for
-from anabranch.engine.stream import Merge
 from anabranch.errors import AnabranchError, CorruptedError, OutputError, RecipeError
 from anabranch.model import can_select, keep_buffers, load_tokenizer
 from anabranch.search import journal as journals
 from anabranch.search.baselines import UNIFORM, baselines
 from anabranch.search.genome import genome_space
+from anabranch.search.identity import identity_of
 from anabranch.search.in_memory import SCRATCH, LoadedMerge, Needs, Room, Workshop, absolute, load_merge, needs_of
-from anabranch.search.journal import Journal, Line
+from anabranch.search.journal import ARMS, Journal, Line
 from anabranch.search.outcome import (
     Evaluated,
     GuardScore,
@@ -54,6 +54,7 @@ from anabranch.search.tasks import TaskScorer
 from anabranch.templates import tokenizer_hash
 
 BEST, RESULTS = "best_config.yaml", "results.json"
+FAILURES = (AnabranchError, RuntimeError, ValueError, ArithmeticError)  # of a candidate; RuntimeError: of torch, in the model
 FRONT = 12  # of the Pareto front that are scored on the guard rows
 
 
@@ -95,22 +96,46 @@ def search(space: Path | str | Mapping[str, Any], out: Path | str | None = None,
                          overrides=overrides, say=say)
     records = records_for(space, out)
     final = place_for(out) if out is not None else records / "final_model" if save_final_model else None
+    _check_free(final, records)
     with _folder(records), journals.opened(records, job.identity) as journal:
         for left in records.glob(f"{SCRATCH}*"):
             shutil.rmtree(left, ignore_errors=True)  # of a killed search, and as large as a model
-        outcome = _finished(job, records)
+        outcome = _finished(job, journal, records)
         if outcome is None:
             outcome = _searched(job, journal, records, progress, say)
-    if final is not None:
-        merge_config(records / BEST, final, settings=job.workshop.settings)
+        best = next(line for line in journal.of(outcome.best.arm) if line.n == outcome.best.n)
+        _write_best(job, best.vector, records)  # a search of a larger budget may have left another there
+        if final is not None:
+            _merge_best(job, final, records)
     return outcome
 
 
-def _finished(job: Job, records: Path) -> SearchOutcome | None:
-    """The results that are there, if they are of this very search."""
+def _check_free(final: Path | None, records: Path) -> None:
+    """Raises OutputError where the best could not be put at the end. A model that a search of these records made may stand
+    there: it is the best still, or is told of then."""
+    if final is not None and os.path.lexists(final) and not (records / RESULTS).is_file() and not (
+            final.is_dir() and not any(final.iterdir())):
+        raise OutputError(f"{final} is already there, and no search made it. Choose another OUT, or remove it if nothing in it "
+                          "is needed; nothing was changed.")
+
+
+def _merge_best(job: Job, final: Path, records: Path) -> None:
+    try:
+        merge_config(records / BEST, final, settings=job.workshop.settings)
+    except OutputError as error:
+        raise OutputError(f"the search is done, and its best could not be put at {final}: {error} What was found is kept in "
+                          f"{records}: `anabranch merge {records / BEST} OTHER` makes the model elsewhere, and the same "
+                          f"command makes it here once {final} is free.") from error
+
+
+def _finished(job: Job, journal: Journal, records: Path) -> SearchOutcome | None:
+    """The results that are there, if they are of this very search and of all of its candidates."""
+    budget = job.settings.budget
+    if any(len(journal.of(arm)) < budget for arm in (ARMS if job.settings.sampler != "random" else ARMS[:1])):
+        return None
     with suppress(CorruptedError):
         outcome = SearchOutcome.load(records / RESULTS)
-        if outcome.made_from == job.made_from and outcome.budget == job.settings.budget and (records / BEST).is_file():
+        if outcome.made_from == job.made_from and outcome.budget == budget:
             return outcome
     return None
 
@@ -197,7 +222,7 @@ def prepare_search(space: Path | str | Mapping[str, Any], out: Path | str | None
     scorer = Scorer(objectives, {"searched": halves.searched, "guard": halves.guard},
                     (settings.data and settings.data.batch_tokens) or usual_batch(), False, tasks)
     compared, missing = baselines(first, folders, settings.token_weights, run)
-    identity = _identity(settings, made, merge, halves, tasks)
+    identity = identity_of(settings, made, merge, workshop, halves, tasks)
     sampler_for(settings, made, len(objectives))  # is its library there?
     return Job(settings, made, first, workshop, needs, halves, objectives, scorer, compared, missing, identity)
 
@@ -253,20 +278,6 @@ def _tasks(settings: SearchSettings, home: Path) -> TaskScorer | None:
                       settings.apply_chat_template, settings.fewshot_as_multiturn)
 
 
-def _identity(settings: SearchSettings, space: Space, merge: Merge, halves: Halves, tasks: TaskScorer | None) -> dict[str, str]:
-    """What must be the same for a journal to be gone on with. The budget may grow."""
-    import importlib.metadata
-
-    given = settings.model_dump(mode="json", exclude={"budget", "token_weights"})
-    libraries = {"cma": "cma", "tpe": "optuna", "nsga2": "optuna"}
-    version = importlib.metadata.version(libraries[settings.sampler]) if settings.sampler in libraries else ""
-    files = [[str(path.name), path.stat().st_size, path.stat().st_mtime_ns] for one in merge.inputs
-             for folder in (one.folder, one.adapter) if folder is not None
-             for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json")]
-    return {"settings": digest([given, [d.words for d in space.dimensions]]), "models": digest(files), "rows": halves.hash,
-            "tasks": digest(tasks.identity if tasks else None), "software": digest([__version__, settings.sampler, version])}
-
-
 def records_for(space: Path | str | Mapping[str, Any], out: Path | str | None) -> Path:
     """The folder of journal, results and pictures."""
     if out is not None:
@@ -297,23 +308,26 @@ def _search(job: Job, journal: Journal, records: Path, progress: Tell | None) ->
     if job.settings.sampler != "random":
         arms["random"] = RandomSampler(job.space, job.settings.seed)
     done = {arm: _replayed(job, sampler, journal.of(arm), arm) for arm, sampler in arms.items()}
-    budget, best = job.settings.budget, best_of(journal.lines)
+    budget = job.settings.budget
+    within = [line for line in journal.lines if line.n < budget]
+    best = best_of(within)
     if best is not None:
-        _write_best(job, best, records)
+        _write_best(job, best.vector, records)
     begun, count = time.monotonic(), 0
     total = budget * len(arms)
     while open_arms := [arm for arm in arms if done[arm] < budget]:
         arm = min(open_arms, key=lambda name: done[name])  # in turn, so that both are told of at any time
         line = _candidate(job, arm, done[arm], arms[arm].ask())
         journal.add(line)
+        within.append(line)
         _tell(job, arms[arm], line)
         done[arm], count = done[arm] + 1, count + 1
-        if best_of(journal.lines) is line:
-            _write_best(job, line, records)
+        best = best_of(within)
+        if best is line:
+            _write_best(job, line.vector, records)
         if progress is not None:
             rate = count / max(time.monotonic() - begun, 1e-9)
-            lowest = best_of(journal.lines)
-            progress(Progress(sum(done.values()), total, arm, line.score, lowest.score if lowest else None, 60 * rate,
+            progress(Progress(sum(done.values()), total, arm, line.score, best.score if best else None, 60 * rate,
                               (total - sum(done.values())) / rate, line.failed))
     return (count, time.monotonic() - begun) if count else None
 
@@ -325,7 +339,7 @@ def _candidate(job: Job, arm: str, n: int, vector: list[Any]) -> Line:
         failed = None
     except OutputError:
         raise  # of the disk, not of the candidate
-    except (AnabranchError, RuntimeError, ValueError, ArithmeticError) as error:  # RuntimeError: of torch, in the model
+    except FAILURES as error:
         score, failed = None, str(error).strip()[:500]
     seconds = round(time.monotonic() - begun, 3)
     if score is None:
@@ -353,11 +367,11 @@ def _replayed(job: Job, sampler: Sampler, lines: Sequence[Line], arm: str) -> in
     return min(len(lines), job.settings.budget)
 
 
-def _write_best(job: Job, line: Line, records: Path) -> None:
-    config = absolute(job.space.config(line.vector), job.workshop.folders)
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    if not (records / BEST).is_file() or (records / BEST).read_text() != text:
-        write_atomically(records / BEST, text.encode())
+def _write_best(job: Job, vector: Sequence[Any], records: Path) -> None:
+    config = absolute(job.space.config(vector), job.workshop.folders)
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+    if not (records / BEST).is_file() or (records / BEST).read_bytes() != text:
+        write_atomically(records / BEST, text)
 
 
 # --- the verdict ---
@@ -382,7 +396,9 @@ def _judge(job: Job, journal: Journal, say: Say) -> SearchOutcome:
     for name, config in configs.items():
         try:
             found[name] = job.measure(config, "searched"), job.measure(config, "guard")
-        except AnabranchError as error:
+        except OutputError:
+            raise
+        except FAILURES as error:
             if name == "best":
                 raise
             left_out[name] = str(error).splitlines()[0] if len(str(error)) > 300 else str(error)
@@ -448,6 +464,7 @@ def forecast(space: Path | str | Mapping[str, Any], out: Path | str | None = Non
     """`--dry-run`: the space, memory, rows, and what a candidate takes, measured on one. Arguments and errors as `search`."""
     job = prepare_search(space, out, **given)
     records = records_for(space, out)
+    _check_free(place_for(out) if out is not None else None, records)
     scratch = next(p for p in records.parents if p.is_dir())
     begun = time.monotonic()
     with job.loaded(scratch) as model:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from anabranch.rows import Rows, generator
 from anabranch.search.settings import SearchSettings
 from anabranch.search.tasks import Half, TaskScorer
 
-RESAMPLES = 2000
+RESAMPLES = 4000
 FEW = 5
 Drawn = Literal["units", "rows"]
 
@@ -119,12 +120,17 @@ class Difference:
 def difference(objectives: Sequence[Objective], one: Measured, other: Measured) -> Difference:
     """Paired bootstrap, the same draws for both models.
 
-    Units are drawn again, each with all its rows, where every objective of losses has FEW units or more: that tells how far
-    other units and other rows might say otherwise. Else rows within each unit, which says nothing of other units, and
-    wants FEW rows in each, as fewer make intervals far too narrow. No interval otherwise, nor where a metric is no mean.
+    Units are drawn again, each with all its rows, where every objective of losses has FEW units or more and none shares some
+    of its units with another: that tells how far other units and other rows might say otherwise. Else rows within each unit,
+    which says nothing of other units, and wants FEW rows in each. No interval otherwise, nor where a metric is no mean.
+
+    Plain quantiles are too narrow for few units (five: 84 % instead of 95 %), so they are moved outwards for the smallest
+    number that was drawn from: the expanded percentile interval (Hesterberg, arXiv 1411.5279, section 5.3). It holds 92 to
+    95 % for means of normal numbers.
     """
     value = score_of(objectives, one).score - score_of(objectives, other).score
-    by_units = all(len(o.units) >= FEW for o in objectives if o.lower)
+    sets = [{name for name, _ in o.units} for o in objectives if o.lower]
+    by_units = all(len(s) >= FEW and all(s == more or not s & more for more in sets) for s in sets)
     of_rows = [name for o in objectives if not (o.lower and by_units) for name, _ in o.units]
     if one.whole or other.whole or any(len(one.sums[name]) < FEW for name in of_rows):
         return Difference(value, None, None)
@@ -132,8 +138,16 @@ def difference(objectives: Sequence[Objective], one: Measured, other: Measured) 
     for o in objectives:
         draw = _units_again if o.lower and by_units else _rows_again
         total = total + o.sign * (draw(o, one) - draw(o, other))
-    low, high = np.quantile(total, [0.025, 0.975])
+    tail = _tail(min([len(one.sums[name]) for name in of_rows] + [len(s) for s in sets if by_units]))
+    low, high = np.quantile(total, [tail, 1 - tail])
     return Difference(value, float(low), float(high), "rows" if of_rows else "units")
+
+
+def _tail(number: int) -> float:
+    """Share of resamples beyond either end of a 95 % interval, of a mean over `number`; 0.025 for very many."""
+    from scipy.stats import norm, t
+
+    return float(norm.cdf(-math.sqrt(number / (number - 1)) * t.ppf(0.975, number - 1)))
 
 
 def _units_again(objective: Objective, measured: Measured) -> np.ndarray:

@@ -37,7 +37,7 @@ class ParameterSetting(Strict):
     log: bool = Field(False, description="steps are factors, not differences")
     type: Literal["float", "int"] = "float"
     start: float | None = Field(None, description="where cma begins; the middle if not given")
-    choices: list[str | float | bool] | None = Field(None, min_length=2)
+    choices: list[bool | int | float | str] | None = Field(None, min_length=2)
 
     @model_validator(mode="after")
     def _one_kind(self) -> ParameterSetting:

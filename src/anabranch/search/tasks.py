@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from anabranch.search.settings import TaskSetting
 Half = Literal["searched", "guard"]
 Documents = dict[str, list[int]]
 FEWSHOT_SEED = 1234
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function: another one in each process
 By = dict[str, np.ndarray]
 
 
@@ -39,6 +41,7 @@ class TaskScorer:
     fewshot_as_multiturn: bool = True
     loaded: Any = None
     halves: dict[Half, Documents] | None = None
+    documents: dict[str, list[list[str]]] | None = None
 
     def measure(self, model: Any, tokenizer: Any, half: Half) -> tuple[By, By, dict[str, float]]:
         """(sums, counts) [documents] by task, and the metrics that are no means over documents.
@@ -99,6 +102,7 @@ class TaskScorer:
         except Exception as error:  # as above: of the harness, of `datasets`, of the network
             raise _cannot(self.tasks, error) from error
         halves: dict[Half, Documents] = {"searched": {}, "guard": {}}
+        known: dict[str, dict[int, set[str]]] = {}
         for name in names:
             task = self.loaded["tasks"].get(name)
             if task is None:
@@ -106,22 +110,47 @@ class TaskScorer:
             own = task.get_config("num_fewshot")
             if own != 0:  # a task that says 0 means it
                 task.set_config(key="num_fewshot", value=self.num_fewshot if self.num_fewshot is not None else own or 0)
-            hashes = [_hash(document) for document in task.eval_docs]
+            documents = list(task.eval_docs)
+            hashes = [_hash(document) for document in documents]
             chosen = sorted(range(len(hashes)), key=lambda i: hashes[i]) if self.shuffle else list(range(len(hashes)))
             chosen = sorted(chosen[: self.limit], key=lambda i: (hashes[i], i))
             border = (len(chosen) + 1) // 2
-            while 0 < border < len(chosen) and hashes[chosen[border]] == hashes[chosen[border - 1]]:
-                border += 1  # equal documents stay together
-            if not 0 < border < len(chosen):
-                raise RecipeError(f"task {name}: {len(chosen)} different documents, and no half can be kept from the search.")
             halves["searched"][name], halves["guard"][name] = sorted(chosen[:border]), sorted(chosen[border:])
-        self.halves = halves
-        return halves
+            known[name] = _marks(task, {i: documents[i] for i in chosen})
+        self.halves = _apart(halves, known)
+        self.documents = {name: [sorted(marks) for marks in by_number.values()] for name, by_number in known.items()}
+        return self.halves
 
     @property
     def identity(self) -> Any:
-        """What the journal knows the documents by."""
-        return self._halves()
+        """What the journal knows the documents by, and how the tasks ask and count."""
+        import importlib.metadata
+
+        halves = self._halves()
+        settings = {name: ADDRESS.sub("", json.dumps(task.dump_config(), sort_keys=True, default=repr))
+                    for name, task in self.loaded["tasks"].items()}
+        return [halves, self.documents, settings, importlib.metadata.version("lm_eval")]
+
+
+def _apart(halves: dict[Half, Documents], known: dict[str, dict[int, set[str]]]) -> dict[Half, Documents]:
+    """Without the guard documents that a searched one equals, in its own task or in another: in everything, or in what is
+    asked. `known`: task -> number of a document -> its hashes. Raises RecipeError where a task has none left."""
+    seen = {mark for name, numbers in halves["searched"].items() for i in numbers for mark in known[name][i]}
+    guard = {name: [i for i in numbers if not known[name][i] & seen] for name, numbers in halves["guard"].items()}
+    for name, numbers in guard.items():
+        if not numbers:
+            raise RecipeError(f"task {name}: of {len(known[name])} documents, no half can be kept from the search: the others "
+                              "are searched on, here or in another task. Give it more documents.")
+    return {"searched": halves["searched"], "guard": guard}
+
+
+def _marks(task: Any, documents: dict[int, Any]) -> dict[int, set[str]]:
+    """Hashes of each document: of all of it, and of what is asked. The latter only where that is text (winogrande's is a
+    number) and not the same for all."""
+    asked: dict[int, Any] = {i: task.doc_to_text(document) for i, document in documents.items()}
+    told = len({text for text in asked.values() if isinstance(text, str)}) > 1
+    return {i: {_hash(document)} | ({_hash(asked[i])} if told and isinstance(asked[i], str) and asked[i].strip() else set())
+            for i, document in documents.items()}
 
 
 @contextmanager

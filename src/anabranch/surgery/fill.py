@@ -11,6 +11,7 @@ with a warning: here those are errors.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -63,6 +64,8 @@ def placed(base: Mapping[str, TensorInfo], partial: Mapping[str, TensorInfo], la
             most, best, plain = count, [candidate], number == 0
         elif count == most and count:
             best.append(candidate)
+    if not most and (lost := _strangers(base, partial)):
+        raise _no_place(lost, len(partial), labels)
     if not most:
         raise ShapeMismatch(f"{labels[1]}: none of its {len(partial)} tensors is one of {labels[0]}, with or without a prefix "
                             f"(such as '{next(iter(partial), '')}' beside '{next(iter(base), '')}').")
@@ -73,10 +76,25 @@ def placed(base: Mapping[str, TensorInfo], partial: Mapping[str, TensorInfo], la
             raise ShapeMismatch.of(f"{labels[1]} could be one of several parts of {labels[0]}, and its names do not say which. "
                                    "Rename its tensors; the first could be:", _cut([next(iter(c)) for c in best]))
     if lost := [theirs for name, theirs in best[0].items() if name not in base]:
-        raise ShapeMismatch.of(f"{labels[1]} holds tensors that {labels[0]} has no place for, so it is no part of it "
-                               f"({len(partial) - len(lost)} others have one). Take them out, or give the model that has them:",
-                               _cut([f"tensor '{name}'" for name in lost]))
+        raise _no_place(lost, len(partial), labels)
     return best[0]
+
+
+def _no_place(lost: list[str], count: int, labels: tuple[str, str]) -> Exception:
+    return ShapeMismatch.of(f"{labels[1]} holds tensors that {labels[0]} has no place for, so it is no part of it "
+                            f"({count - len(lost)} others have one). Take them out, or give the model that has them:",
+                            _cut([f"tensor '{name}'" for name in lost]))
+
+
+def _strangers(base: Iterable[str], partial: Iterable[str]) -> list[str]:
+    """Names of PARTIAL without a place in BASE, under the prefix of PARTIAL's by which most have one; none if none has."""
+    names, theirs = set(base), list(partial)
+    ends = {t: [t[i + 1 :] for i, letter in enumerate(t) if letter == "."] for t in theirs}
+    counts = Counter(t.removesuffix(end) for t in theirs for end in ends[t] if end in names)
+    if not counts:
+        return []
+    prefix = max(sorted(counts), key=lambda p: counts[p])
+    return [t for t in theirs if not (t.startswith(prefix) and t.removeprefix(prefix) in names)]
 
 
 def _candidates(base: Iterable[str], partial: Iterable[str]) -> Iterator[dict[str, str]]:

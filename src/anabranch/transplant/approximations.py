@@ -307,12 +307,13 @@ def composed(targets: Tensor | None, pieces: Sequence[Sequence[int]], donor: Ten
     chunks = [taught[i:i + CHUNK] for i in range(0, len(taught), CHUNK)]
     means = [(x.sum(0), y.sum(0)) for x, y in map(known, chunks)]
     middle, centre = (torch.stack(sums).sum(0) / len(taught) for sums in zip(*means, strict=True))
-    gram, cross, total = torch.zeros(len(middle), len(middle)).double(), torch.zeros(len(middle), len(centre)).double(), 0.0
+    gram, cross = middle.new_zeros(len(middle), len(middle)), middle.new_zeros(len(middle), len(centre))
+    total = middle.new_zeros(())
     for x, y in map(known, chunks):
         x, y = x - middle, y - centre
         gram, cross, total = gram.addmm_(x.T, x), cross.addmm_(x.T, y), total + y.square().sum()
     spread = (gram.diagonal() / len(taught)).sqrt().clamp_min(1e-12)
-    learnt = _ridge_of(gram / spread / spread[:, None], cross / spread[:, None], torch.as_tensor(total), len(taught))
+    learnt = _ridge_of(gram / spread / spread[:, None], cross / spread[:, None], total, len(taught))
     for first in range(0, len(pieces), CHUNK):
         part = slice(first, first + CHUNK)
         wanted = _features(None if targets is None else targets[part], pieces[part], matrix)

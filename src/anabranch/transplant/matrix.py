@@ -219,14 +219,14 @@ def _made(model: Tensor, donor: Tensor | None, task: Task, settings: Settings, p
     targets = _targets(donor, wanted)
     for whose, tensor in (("the donor's", x), ("the donor's", targets), ("the model's", y)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise CorruptedError(f"{whose} {'head' if task.head else 'embedding'} holds NaN or infinity, and rows are made from "
-                                 "it. A model that diverged must be trained or fetched again.")
+            raise CorruptedError(f"{whose} {'head' if task.head else 'embedding'} holds NaN or infinity, and rows are made "
+                                 "from it. A model that diverged must be trained or fetched again.")
     if name == "composed":
         if targets is None:
             x = None
             if donor is not None:
-                notes.append(f"composed: some of the donor's tokens have no row in its {'head' if task.head else 'embedding'}, "
-                             "so that nothing is learnt from donor rows")
+                notes.append("composed: some of the donor's tokens have no row in its "
+                             f"{'head' if task.head else 'embedding'}, so that nothing is learnt from donor rows")
         return ways.composed(targets, split(task.wanted.tolist(), False), x, split(task.anchors.tolist(), True), y, model)
     assert x is not None and targets is not None  # the plan asked for the donor's embeddings
     if name == "omp":
