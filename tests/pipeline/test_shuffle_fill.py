@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from anabranch import cli_surgery
+from anabranch import cli, cli_surgery
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.making import make_model
 from anabranch.engine.merging import merge_config, options_for, verify
@@ -392,3 +392,10 @@ def test_the_tensors_command(here):
     run("tensors", "t.yaml", "small.safetensors", "--tensor-intersection", "--quiet")
     assert tensors_of(Path("out")).keys() == {"w", "a", "b"} and load_file("small.safetensors").keys() == {"w"}
     assert load_file("small.safetensors")["w"].equal(torch.full((2, 2), 97.5))
+
+
+def test_a_finished_fill_says_that_nothing_was_done(tmp_path):
+    whole, part = write_checkpoint(tmp_path / "whole"), write_checkpoint(tmp_path / "part", tensors={"model.norm.weight": None})
+    first, again = (CliRunner().invoke(cli.app, ["fill", str(whole), str(part), str(tmp_path / "out")]) for _ in range(2))
+    assert first.exit_code == again.exit_code == 0
+    assert "nothing was done" not in first.output and "nothing was done" in again.output
