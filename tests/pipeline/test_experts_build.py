@@ -205,7 +205,7 @@ def test_again_makes_no_router_first(tmp_path: Path, tiny_base: Path, monkeypatc
 
     monkeypatch.setattr(build, "_routed", never)
     assert build_experts(config_of(base, experts), tmp_path / "out", options) == first
-    with pytest.raises(OutputError, match="there, .* wanted now"):
+    with pytest.raises(OutputError, match=r"there, .* wanted now"):
         build_experts(config_of(base, experts), tmp_path / "out", Options(calibration=tmp_path / "texts.txt", steps=3))
     (tmp_path / "out/manifest.json").write_text("{}")
     with pytest.raises(OutputError, match="no readable"):
