@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -241,3 +242,11 @@ def test_the_figures_of_surgery_are_those_of_the_records():
     merges = {(r["merge"], r["rank"]): r["loss"] for r in _record("lora_merge_loss")["rows"]}
     exact, cut = (merges["task_arithmetic {'weight': 0.25} core", rank] for rank in (64, 16))
     assert f"to a quarter of its rank cost {cut - exact:.3f}" in flat
+
+
+def test_the_python_names_of_the_guide_to_surgery_resolve():
+    names = re.findall(r"`anabranch\.([\w.]+)`", (ROOT / "docs" / "surgery.md").read_text().split("## From Python")[1])
+    assert len(names) >= 10
+    for name in names:
+        module, _, attribute = f"anabranch.{name}".rpartition(".")
+        assert callable(getattr(importlib.import_module(module), attribute)), name
