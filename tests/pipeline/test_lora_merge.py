@@ -22,6 +22,7 @@ from anabranch.errors import AnabranchError, ModelError, OutputError, RecipeErro
 from anabranch.lora import spaces
 from anabranch.lora.apply import apply
 from anabranch.lora.combine import forecast, merge_adapters
+from anabranch.lora.config import read_adapter_merge
 from anabranch.lora.factors import factors_folder
 from anabranch.merge import METHODS, MergeMethod, arguments_for, fitting
 
@@ -713,3 +714,11 @@ def test_factors_of_a_killed_merge_are_not_taken_for_those_of_other_scales(bench
     got, before = bench.changed(tmp_path / "out", tensor), bench.changed(bench.adapters[0], tensor)
     np.testing.assert_allclose(got, 10 * before, atol=1e-5)
     assert not factors_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["tsvm", ["ties"], None])
+def test_a_method_that_is_none_is_the_only_problem_told(method: Any, tmp_path: Path) -> None:
+    """Not what the method needs that it is read as until then."""
+    with pytest.raises(RecipeError, match="merge_method") as caught:
+        read_adapter_merge({"merge_method": method, "models": [{"model": "a"}, {"model": "b"}]})
+    assert "task_arithmetic" not in str(caught.value)

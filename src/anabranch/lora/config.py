@@ -92,7 +92,10 @@ def read_adapter_merge(config: Path | str | Mapping[str, Any]) -> AdapterMerge:
     if method in (CAT, PEFT_LINEAR):
         problems += [f"`{key}`: {method} has its own rank and needs none" for key in OWN[:4] if own[key] is not None]
     problems += _too_many_to_slerp(rest)
+    before = len(problems)
     merge = _merge(rest, str(method), where, folders, problems)
+    if str(method) not in (*METHODS, CAT, PEFT_LINEAR):  # it was read as another one, whose needs are not its own
+        problems[before:] = [problem for problem in problems[before:] if "task_arithmetic" not in problem]
     if problems or merge is None:
         raise RecipeError.of(f"{where}:", list(dict.fromkeys(problems)))
     return AdapterMerge(str(method), merge, base, choice, cast(Space, space), text)
