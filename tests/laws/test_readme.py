@@ -242,6 +242,12 @@ def test_the_figures_of_surgery_are_those_of_the_records():
     merges = {(r["merge"], r["rank"]): r["loss"] for r in _record("lora_merge_loss")["rows"]}
     exact, cut = (merges["task_arithmetic {'weight': 0.25} core", rank] for rank in (64, 16))
     assert f"to a quarter of its rank cost {cut - exact:.3f}" in flat
+    (cost,) = [r for r in _record("lora_extract_cost")["rows"] if r["wish"] == "--rank 64"]
+    assert f"took {cost['wall_s']:.0f} s on one thread and {cost['peak_anonymous_mb']} MB" in flat and cost["threads"] == 1
+    (tsv,) = [r for r in _record("lora_merge_cost")["rows"] if r["method"] == "tsv_m" and r["shape"] == [5632, 2048]]
+    ours, dense = tsv["ours"], tsv["dense"]
+    assert f"{ours['seconds']:.2f} s and {ours['peak_mb']} MB a matrix of 5632 x 2048" in flat
+    assert f"takes {dense['seconds']:.0f} s and {dense['peak_mb']} MB" in flat
 
 
 def test_the_python_names_of_the_guide_to_surgery_resolve():
