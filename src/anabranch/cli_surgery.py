@@ -148,11 +148,9 @@ def fill(
         begun, there = time.monotonic(), (result / "manifest.json").is_file()
         with console.progress("fill", quiet, as_json) as progress:
             manifest = making.make_model(result, made, files, reads, verb="fill", settings={}, max_shard_size=max_shard_size,
-                                         threads=threads, memory=memory, allow_nonfinite=allow_nonfinite, progress=progress)
-        if there and not as_json:
-            warn(f"{result} holds this very model already; nothing was done")
-            return
-        _tell_done(manifest, result, begun, quiet, as_json, told[0])
+                                         threads=threads, memory=memory, allow_nonfinite=allow_nonfinite, progress=progress,
+                                         warn=warn)
+        _tell_done(manifest, result, begun, quiet or there, as_json, told[0])
 
 
 def _folder_of(model: str, allow_pickle: bool, *, adapted: bool = False) -> Path:

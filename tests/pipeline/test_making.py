@@ -238,3 +238,11 @@ def test_after_a_kill_only_what_is_missing_is_made(tmp_path, origin):
     assert told.read_text().split() == ["3", "4", "5"]
     tensors = load_file(out / "model.safetensors")
     assert all(tensors[f"t.{i}"].eq(i).all() for i in range(6)) and verify(out) == []
+
+
+def test_a_finished_result_is_told_of_once_and_only_then(tmp_path, origin):
+    told = []
+    make(tmp_path / "out", origin, warn=told.append)
+    assert told == []
+    make(tmp_path / "out", origin, warn=told.append)
+    assert len(told) == 1 and "nothing was done" in told[0]

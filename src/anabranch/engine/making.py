@@ -100,6 +100,7 @@ def make_model(
     memory: str | int | None = None,
     allow_nonfinite: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> MergeManifest:
     """Make the folder `out`. Where it holds just this already, nothing is done; after a kill, the same call goes on.
 
@@ -116,6 +117,7 @@ def make_model(
         memory: bytes, or '2GB': groups that do not fit side by side take turns. By default half of what is there.
         allow_nonfinite: write NaN and infinity instead of refusing.
         progress: called again and again with what is done.
+        warn: told where nothing had to be done.
     Raises:
         CorruptedError: an input that does not hold what its own manifest says; a result that is not finite.
         OutputError: no space, no permission, `out` holds something else, or another process is writing it.
@@ -129,6 +131,8 @@ def make_model(
     _not_onto_an_input(place, inputs)
     if (finished := already_there(place, said, plan)) is not None:
         _same_inputs(finished, inputs, carried, place)
+        if warn is not None:
+            warn(f"{place} holds this very result already; nothing was done")
         return finished
     folder = OutputFolder(place, plan, dict(sorted(carried.items())))
     begun = _fingerprint(inputs)

@@ -92,12 +92,9 @@ def build_experts(config: Path | str | Mapping[str, Any], out: Path | str, optio
     report, more = _routed(plan, threads or _cores()) if finished is None else (finished, [])
     for text in more:
         warn(text)
-    manifest = make_model(out, list(plan.mixture.made()), _files(plan), _inputs(plan), verb=VERB, settings=_settings(plan),
-                          seed=options.seed, report=report, max_shard_size=max_shard_size, threads=threads, memory=memory,
-                          allow_nonfinite=allow_nonfinite, progress=progress)
-    if finished is not None:
-        warn(f"{place_for(out)} holds this very mixture already; nothing was done")
-    return manifest
+    return make_model(out, list(plan.mixture.made()), _files(plan), _inputs(plan), verb=VERB, settings=_settings(plan),
+                      seed=options.seed, report=report, max_shard_size=max_shard_size, threads=threads, memory=memory,
+                      allow_nonfinite=allow_nonfinite, progress=progress, warn=warn)
 
 
 def forecast_experts(config: Path | str | Mapping[str, Any], out: Path | str, options: Options | None = None, *,

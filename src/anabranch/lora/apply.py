@@ -20,7 +20,6 @@ from anabranch.engine.fetch import quantisation, resolve
 from anabranch.engine.layout import set_dtype
 from anabranch.engine.making import Made, Read, copied, forecast_made, make_model
 from anabranch.engine.merging import place_for
-from anabranch.engine.output import MANIFEST
 from anabranch.engine.plan import DTYPES
 from anabranch.engine.stream import Progress
 from anabranch.errors import CorruptedError, ModelError, RecipeError, closest
@@ -78,12 +77,8 @@ def apply(
     """
     say, place = warn or (lambda _: None), place_for(out)
     made, files, inputs, settings = _planned(base, adapter, dtype, say)
-    there = (place / MANIFEST).is_file()
-    manifest = make_model(place, made, files, inputs, verb=VERB, settings=settings, max_shard_size=max_shard_size,
-                          threads=threads, memory=memory, allow_nonfinite=allow_nonfinite, progress=progress)
-    if there:
-        say(f"{place} holds this very model already; nothing was done")
-    return manifest
+    return make_model(place, made, files, inputs, verb=VERB, settings=settings, max_shard_size=max_shard_size,
+                      threads=threads, memory=memory, allow_nonfinite=allow_nonfinite, progress=progress, warn=warn)
 
 
 def forecast(base: Path | str, adapter: Path | str, out: Path | str, *, dtype: str | None = None,

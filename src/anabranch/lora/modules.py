@@ -114,7 +114,7 @@ def _by_model(model: Any, checkpoint: Checkpoint) -> Iterator[Module]:
 def _head_of(model: Any) -> Any:
     try:
         return model.get_output_embeddings()
-    except (NotImplementedError, AttributeError):
+    except (NotImplementedError, AttributeError):  # transformers' own word for a model that has no head
         return None
 
 

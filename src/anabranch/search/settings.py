@@ -20,8 +20,6 @@ from anabranch.errors import RecipeError
 from anabranch.recipe import Source
 from anabranch.settings_file import Strict, read_settings
 
-SAMPLERS = ("cma", "tpe", "nsga2", "random")
-GENOME_METHODS = ("linear", "task_arithmetic", "ties", "dare_ties", "slerp")
 OF_TASKS = {"limit", "num_fewshot", "shuffle", "apply_chat_template", "fewshot_as_multiturn", "task_path", "batch_size"}
 NAME = re.compile(r"[A-Za-z_]\w*")
 # Well-known benchmarks, whose rows a search would fit itself to; the peer refuses the same beginnings of names.

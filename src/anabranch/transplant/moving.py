@@ -275,7 +275,7 @@ def transplant_vocabulary(model: str, donor: str, out: Path, settings: Settings 
     _tell(transplant.warnings, warn)
     manifest = make_model(out, made_of(transplant), files, _inputs(transplant), verb=VERB, settings=_said(transplant),
                           seed=transplant.settings.seed, report=transplant.report, max_shard_size=max_shard_size,
-                          threads=threads, memory=memory, progress=progress)
+                          threads=threads, memory=memory, progress=progress, warn=warn)
     _tell(list(dict.fromkeys(transplant.notes)), warn)
     if warn is not None and (how := loads_otherwise(out, donor_side.vocabulary)) is not None:
         known = loads_otherwise(donor_side.folder, donor_side.vocabulary)
