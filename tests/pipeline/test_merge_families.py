@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from anabranch.engine.card import model_card
+from anabranch.engine.dialect import config_of
 from anabranch.engine.merging import merge_config, verify
 from anabranch.engine.prepare import Options
 
@@ -530,3 +532,10 @@ def test_tokenizers(source, tmp_path):
     again = made.save_pretrained(tmp_path / "again") and transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again.get_vocab() == made.get_vocab()
     assert verify(tmp_path / "out") == []
+
+
+def test_the_card_tells_models_of_one_name_apart_and_no_more_of_their_paths():
+    names = [f"somewhere/private/run/branches/{k}/model" for k in (0, 1)]
+    config = config_of({"merge_method": "linear", "models": [{"model": n, "parameters": {"weight": 1.0}} for n in names]})
+    card = model_card(config, "merge_method: linear")
+    assert "- 0/model\n- 1/model\n" in card and "private" not in card
