@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -38,17 +39,25 @@ def file_digest(path: Path) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write under a temporary name, flush to disk, rename: a reader sees the old file or the whole new one."""
+    write_streamed(path, [data])
+
+
+def write_streamed(path: Path, pieces: Iterable[bytes]) -> None:
+    """As `write_atomically`, of pieces that are made one at a time. Raises OutputError; what `pieces` raises passes through."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # its folder may be a file
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(f"cannot write {path}: {error.strerror or error}. Free space or change `output`, "
                           "then run the same command again: finished work is kept.") from error
 
@@ -94,7 +103,7 @@ class Exclusion(Part):
 
     unit: str
     rule: Literal["empty_response", "empty_prompt", "over_long", "malformed", "duplicate_held_out", "max_samples",
-                  "max_tokens", "too_few_samples"]
+                  "max_tokens", "too_few_samples", "missing_image", "broken_image", "huge_image", "animated_image"]
     rows: int
     split: Literal["train", "held_out"]
     example: str = Field("", description="where the first such row stands, and what is wrong with it")
@@ -116,6 +125,47 @@ class Unit(Part):
     held_out_rows: int
     held_out_tokens: int
     held_out_response_tokens: int
+    images_file: str | None = Field(None, description="images of both splits, relative to the mixture folder")
+    images: int = Field(0, description="images of one budget's samples, repeats counted")
+    image_tokens: int = Field(0, description="those of `tokens` that stand for images")
+    held_out_images: int = 0
+
+    @property
+    def files(self) -> list[str]:
+        """What lies in the mixture folder of this unit."""
+        return [self.file, *([self.images_file] if self.images_file else [])]
+
+
+class AuditPart(Part):
+    """A stretch of a row as the loss sees it."""
+
+    kind: Literal["prompt", "image", "trained"]
+    text: str = Field(description="decoded; of an image the placeholder")
+    tokens: int
+
+
+class AuditRow(Part):
+    """The first training row with an image of a unit, for eyes."""
+
+    unit: str
+    where: str = Field(description="where the row stands")
+    images_file: str
+    images: list[int] = Field(description="numbers in that file, in the order of the parts of kind `image`")
+    parts: list[AuditPart]
+
+
+class MixtureVision(Part):
+    """How images became tokens; all figures are of one budget."""
+
+    placeholder: str = Field(description="what the chat template writes for an image")
+    max_pixels: int | None
+    images: int = Field(description="distinct ones of the training rows")
+    scaled_down: int = Field(description="of these, larger than `max_pixels` for the model")
+    image_tokens: int = Field(description="tokens that stand for images")
+    image_tokens_uncapped: int = Field(description="had nothing been scaled down")
+    smallest: int = Field(description="tokens of an image of a training row: least, middle and most")
+    median: int
+    largest: int
 
 
 class Mixture(Artifact):
@@ -132,6 +182,8 @@ class Mixture(Artifact):
     max_length: int
     chat_template: str = Field(description="'tokenizer', 'plain' or 'custom'; its text is hashed in made_from")
     examples: list[dict[str, str]] = Field(description="one rendered row of some units, prompt and response, for eyes")
+    vision: MixtureVision | None = Field(None, description="null: no row has an image")
+    audit: list[AuditRow] = Field([], description="one row of each unit with images, sorted by unit")
 
     @property
     def tokens(self) -> int:

@@ -19,7 +19,6 @@ import importlib.metadata
 import json
 import math
 import os
-import random
 import shutil
 import time
 import typing
@@ -33,20 +32,31 @@ import numpy as np
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from anabranch.artifacts import BranchManifest, Mixture, Plan, digest, file_digest, write_atomically
+from anabranch.branch_folder import check_weights, dress
 from anabranch.checkpoints import (
-    OPTIMIZER,
     RANDOM,
     keep_newest,
     load_tree,
     mark_complete,
     newest_checkpoint,
-    save_tree,
+    with_our_checkpoints,
 )
 from anabranch.errors import BranchFailed, CorruptedError, Preempted, ProvenanceError, RecipeError
-from anabranch.model import check_saved_names, check_vocabulary, keep_buffers, load_model, load_tokenizer, select_trainable
+from anabranch.families import adapter_arguments, describe_frozen
+from anabranch.image_batches import ROW, ImageBatches
+from anabranch.model import (
+    check_saved_names,
+    check_vocabulary,
+    keep_buffers,
+    load_model,
+    load_tokenizer,
+    select_trainable,
+    vision_of,
+)
 from anabranch.recipe import Recipe, check_train_arguments
-from anabranch.rows import Rows, budget_indices, generator, load_unit
+from anabranch.rows import Rows, StoredImage, budget_indices, generator, load_unit
 from anabranch.stopping import Stop, stoppable
+from anabranch.vision import is_vision_language
 
 NEUTRAL = ("save_", "logging_", "dataloader_", "activation_checkpointing", "gradient_checkpointing", "project",
            "run_name", "torch_empty_cache_steps", "skip_memory_metrics")
@@ -76,7 +86,7 @@ def check_train_section(recipe: Recipe) -> None:
         raise RecipeError(f"recipe: train: the trainer refuses these values: {type(error).__name__}: {error}") from error
     if recipe.model.lora is not None:
         try:
-            _lora_config(recipe)
+            _lora_config(recipe.model.lora)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"recipe: model.lora: peft.LoraConfig refuses these values: {error}") from error
 
@@ -100,12 +110,12 @@ def _check_train_values(train: dict[str, Any], hints: dict[str, Any]) -> None:
         raise RecipeError.of("recipe:", problems)
 
 
-def _lora_config(recipe: Recipe) -> Any:
+def _lora_config(lora: dict[str, Any]) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise RecipeError("recipe: model.lora needs peft, which is not installed: pip install 'anabranch[lora]'.") from error
-    return LoraConfig(**({"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (recipe.model.lora or {})))
+    return LoraConfig(**({"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora))
 
 
 def trainer_arguments(recipe: Recipe, seed: int) -> dict[str, Any]:
@@ -153,12 +163,17 @@ def branch_samples(plan: Plan, branch: int, mixture: Mixture, mixture_folder: Pa
     return samples
 
 
+def branch_order(samples: list[tuple[str, Rows, np.ndarray]], seed: int, branch: int) -> Iterator[tuple[Rows, int]]:
+    """(rows, number of a row) of every sample of a branch, in its order."""
+    where = [(rows, int(i)) for _, rows, chosen in samples for i in chosen]
+    for position in generator(seed, "order", branch).permutation(len(where)):
+        yield where[int(position)]
+
+
 def branch_rows(samples: list[tuple[str, Rows, np.ndarray]], seed: int,
                 branch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(input_ids, labels) int64 of every sample of a branch in its order; labels are -100 where no loss is taken."""
-    where = [(rows, int(i)) for _, rows, chosen in samples for i in chosen]
-    for position in generator(seed, "order", branch).permutation(len(where)):
-        rows, i = where[int(position)]
+    for rows, i in branch_order(samples, seed, branch):
         tokens, mask = rows.row(i)
         yield tokens.astype(np.int64), np.where(mask.astype(bool), tokens, -100).astype(np.int64)
 
@@ -183,11 +198,20 @@ def _dataset(samples: list[tuple[str, Rows, np.ndarray]], seed: int, branch: int
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
+def _images(samples: list[tuple[str, Rows, np.ndarray]], seed: int, branch: int) -> list[tuple[StoredImage, ...]]:
+    """The images of every sample in the branch's order; [] where no row has any."""
+    if all(rows.images is None for _, rows, _ in samples):
+        return []
+    shown = [rows.images_of([i])[0] for rows, i in branch_order(samples, seed, branch)]
+    return shown if any(shown) else []
+
+
 def train_hash(recipe: Recipe) -> str:
     """Hash of what shapes the weights: not of how often is saved or logged, nor of how memory is spent."""
     settings = {k: v for k, v in train_settings(recipe).items() if not k.startswith(NEUTRAL)}
     model, trainer = recipe.model, recipe.trainer
-    other = {} if trainer.kind == "trl" else {"trainer": trainer.model_dump(mode="json")}
+    other: dict[str, Any] = {} if trainer.kind == "trl" else {"trainer": trainer.model_dump(mode="json")}
+    other |= {"freeze": model.freeze} if model.freeze else {}
     return digest(settings | {"trainable": model.trainable, "lora": model.lora, "dtype": model.dtype} | other)
 
 
@@ -275,7 +299,7 @@ def _train(recipe: Recipe, plan: Plan, branch: int, mixture: Mixture, mixture_fo
         raise Preempted(f"branch {branch}: told to stop ({hold.stop.asked or 'its launcher has died'}) at step "
                         f"{state.global_step} of {state.max_steps}; its checkpoint is kept. Run the same command again to "
                         "go on.")
-    files = _save_weights(trainer, recipe.model.lora is not None, out / "model")
+    files = _save_weights(trainer, recipe, base, out / "model")
     losses = [(int(e["step"]), float(e["loss"])) for e in state.log_history if "loss" in e]
     rows, tokens = planned_budget(recipe, samples)
     manifest = BranchManifest(
@@ -308,18 +332,37 @@ def _trainer(recipe: Recipe, seed: int, branch: int, samples: list[tuple[str, Ro
     model = load_model(base, "float32", trust_remote_code=recipe.model.trust_remote_code)
     check_saved_names(model, base)
     check_vocabulary(max(int(rows.input_ids.max()) for _, rows, _ in samples), model)
-    lora = _lora_config(recipe) if recipe.model.lora is not None else None
+    for line in describe_frozen(model, recipe.model):
+        print(line, flush=True)
+    lora = _lora_config(adapter_arguments(model, recipe.model)) if recipe.model.lora is not None else None
     if lora is None:
         select_trainable(model, recipe.model)
     hold.stop.check()
-    trainer = _with_our_checkpoints(SFTTrainer)(
-        model=model, args=_trainer_config(recipe, out / "checkpoints", seed),
-        train_dataset=_dataset(samples, seed, branch),
+    arguments, data = _trainer_config(recipe, out / "checkpoints", seed), _dataset(samples, seed, branch)
+    collator = None
+    if images := _images(samples, seed, branch):
+        data, collator = data.add_column(ROW, list(range(len(data)))), _image_batches(model, images, arguments, branch)
+    trainer = with_our_checkpoints(SFTTrainer)(
+        model=model, args=arguments, train_dataset=data, data_collator=collator,
         processing_class=load_tokenizer(base, trust_remote_code=recipe.model.trust_remote_code), peft_config=lora)
+    if is_vision_language(base):  # some of their classes say no, of a loss that TRL does not take: without it, accumulated
+        trainer.model_accepts_loss_kwargs = True  # batches would count alike, however many tokens of responses they hold
     limit = train_settings(recipe)["save_total_limit"]
     trainer.add_callback(_watch(trainer, out, hold, limit))
     hold.stop.check()
     return trainer
+
+
+def _image_batches(model: Any, images: list[tuple[StoredImage, ...]], arguments: Any, branch: int) -> ImageBatches:
+    """The collator of a branch whose rows show images. Raises RecipeError."""
+    vision = vision_of(model)
+    if vision is None:
+        raise RecipeError(f"branch {branch}: its rows show images, and the base is a language model. Give the vision-language "
+                          "model that the mixture was made for.")
+    if arguments.padding_free:
+        raise RecipeError("recipe: train.padding_free: not for rows with images: their batches are padded. Take it out.")
+    arguments.remove_unused_columns = False  # the row's number is none of the model's arguments
+    return ImageBatches.of(vision, images, model, arguments.pad_to_multiple_of)
 
 
 def _go_on(trainer: Any, checkpoint: str | None) -> None:
@@ -339,66 +382,19 @@ def _go_on(trainer: Any, checkpoint: str | None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _with_our_checkpoints(trainer: type) -> Any:
-    """A trainer whose optimizer, scheduler and random states go through `checkpoints.save_tree`, in place of pickles.
-
-    Only on one device: what FSDP and DeepSpeed save is theirs.
-    """
-    import torch
-
-    class Trainer(trainer):
-        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-            save_tree(Path(output_dir) / OPTIMIZER, {"optimizer": self.optimizer.state_dict(),
-                                                     "scheduler": self.lr_scheduler.state_dict()})
-            (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
-
-        def _save_rng_state(self, output_dir: str) -> None:
-            save_tree(Path(output_dir) / RANDOM, {
-                "python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-                "unlogged": [self._tr_loss, self._globalstep_last_logged]})
-
-        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            if checkpoint is not None:
-                saved = load_tree(Path(checkpoint) / OPTIMIZER)
-                self.optimizer.load_state_dict(saved["optimizer"])
-                self.lr_scheduler.load_state_dict(saved["scheduler"])
-
-        def _load_rng_state(self, checkpoint: str | None) -> None:
-            if checkpoint is not None:
-                saved = load_tree(Path(checkpoint) / RANDOM)
-                try:
-                    _check_random(saved)
-                    random.setstate(saved["python"])
-                    np.random.set_state(saved["numpy"])
-                    torch.set_rng_state(saved["cpu"])
-                    if torch.cuda.is_available() and saved["cuda"] is not None:
-                        torch.cuda.set_rng_state(saved["cuda"])
-                except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-                    raise CorruptedError(f"{checkpoint}: random states that cannot be ({error}). Delete this checkpoint; "
-                                         "training then goes on from the one before it.") from error
-
-    return Trainer
-
-
-def _check_random(saved: Any) -> None:
-    """numpy takes a position beyond its 624 words, and reads there. Raises ValueError."""
-    kind, words, position = saved["numpy"][:3]
-    if kind != "MT19937" or words.shape != (624,) or words.dtype != np.uint32 or not 0 <= position <= 624:
-        raise ValueError(f"numpy's state is {kind}, {words.dtype} {words.shape}, at {position}")
-
-
-def _save_weights(trainer: Any, is_lora: bool, folder: Path) -> dict[str, str]:
-    """The branch as a whole float32 checkpoint; adapters are folded into the weights (and kept beside them)."""
+def _save_weights(trainer: Any, recipe: Recipe, base: Path, folder: Path) -> dict[str, str]:
+    """The branch as a whole float32 checkpoint with the base's other files; adapters are folded into the weights (and kept
+    beside them). Raises BranchFailed where it could not be merged with the base."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if is_lora:
+    if recipe.model.lora is not None:
         model.save_pretrained(folder.with_name("adapter"))
         model = model.merge_and_unload()
     model.save_pretrained(partial)
-    trainer.processing_class.save_pretrained(partial)
+    dress(partial, base, code=recipe.model.trust_remote_code)
+    check_weights(partial, base, model, recipe.model)
     os.replace(partial, folder)
     return {p.name: file_digest(p) for p in sorted(folder.glob("*.safetensors"))}
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,56 @@ def _hash(path: Path) -> str:
         while data := file.read(READ):
             hasher.update(data)
     return hasher.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------- the trainer
+
+
+def with_our_checkpoints(trainer: type) -> Any:
+    """A trainer whose optimizer, scheduler and random states go through `checkpoints.save_tree`, in place of pickles.
+
+    Only on one device: what FSDP and DeepSpeed save is theirs.
+    """
+    class Trainer(trainer):
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            save_tree(Path(output_dir) / OPTIMIZER, {"optimizer": self.optimizer.state_dict(),
+                                                     "scheduler": self.lr_scheduler.state_dict()})
+            (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            save_tree(Path(output_dir) / RANDOM, {
+                "python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+                "unlogged": [self._tr_loss, self._globalstep_last_logged]})
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                saved = load_tree(Path(checkpoint) / OPTIMIZER)
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.lr_scheduler.load_state_dict(saved["scheduler"])
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                saved = load_tree(Path(checkpoint) / RANDOM)
+                try:
+                    _check_random(saved)
+                    random.setstate(saved["python"])
+                    np.random.set_state(saved["numpy"])
+                    torch.set_rng_state(saved["cpu"])
+                    if torch.cuda.is_available() and saved["cuda"] is not None:
+                        torch.cuda.set_rng_state(saved["cuda"])
+                except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+                    raise CorruptedError(f"{checkpoint}: random states that cannot be ({error}). Delete this checkpoint; "
+                                         "training then goes on from the one before it.") from error
+
+    return Trainer
+
+
+def _check_random(saved: Any) -> None:
+    """numpy takes a position beyond its 624 words, and reads there. Raises ValueError."""
+    kind, words, position = saved["numpy"][:3]
+    if kind != "MT19937" or words.shape != (624,) or words.dtype != np.uint32 or not 0 <= position <= 624:
+        raise ValueError(f"numpy's state is {kind}, {words.dtype} {words.shape}, at {position}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the tree

@@ -25,6 +25,7 @@ from anabranch import (
     cli_lora,
     cli_merge,
     cli_mergeability,
+    cli_outside,
     cli_pilot,
     cli_search,
     cli_surgery,
@@ -124,7 +125,7 @@ def _stage(name: str | None, option: str) -> str | None:
 
 for command in (cli_merge.merge, cli_merge.verify, cli_merge.methods, cli_vocabulary.vocabulary, cli_search.search,
                 cli_surgery.tensors, cli_surgery.shuffle, cli_surgery.fill, cli_diagnose.diagnose, cli_pilot.pilot,
-                cli_work.work, cli_work.status, cli_work.export):
+                cli_work.work, cli_work.status, cli_work.export, cli_outside.benchmarks):
     app.command()(command)
 app.command("train-branch")(cli_work.train_branch)
 app.command("add-branch")(cli_work.add_branch)

@@ -129,9 +129,19 @@ def export(
     recipe: Annotated[Path, typer.Argument(help="the recipe (YAML)")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to write the job files")],
     trainer: Annotated[str, typer.Option(help="trl, axolotl, llamafactory or command")] = "trl",
+    benchmarks: Annotated[str | None, typer.Option(
+        metavar="PROGRAM", help="instead: scripts that run lmms-eval or vlmevalkit on a run's models; RECIPE may be its folder")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Job files for another trainer: per branch its rows, a config and a script. Measures and splits first if need be."""
+    """Job files for another trainer: per branch its rows, a config and a script. Measures and splits first if need be.
+
+    With --benchmarks: scripts that score the run's models with an outside program.
+    """
+    if benchmarks is not None:
+        from anabranch.cli_outside import export_benchmarks
+
+        export_benchmarks(recipe, folder, benchmarks, overrides, _tell)
+        return
     from anabranch.cli import _recipe
     from anabranch.run import open_run, run_stages
     from anabranch.trainers.job_files import TRAINERS, write_job_files

@@ -42,6 +42,7 @@ from anabranch.branches import train_hash, train_settings
 from anabranch.engine.merging import merge_checkpoints
 from anabranch.errors import ProvenanceError, RecipeError, closest
 from anabranch.evaluate import evaluation_inputs
+from anabranch.families import frozen_tensors
 from anabranch.launch.local import Job, run_jobs
 from anabranch.recipe import Recipe
 from anabranch.run import (
@@ -277,7 +278,7 @@ def _pull_back(run: Run, arm: Arm, seed: int, out: Path) -> tuple[MergeManifest,
     section = run.recipe.merge
     return merge_checkpoints("interpolate", run.base, [joint / "branches" / "0" / "model"], [1.0], out,
                              dtype=section.dtype, max_shard_size=section.max_shard_size, parameters={"alpha": alpha},
-                             made_from=made_from), alpha
+                             made_from=made_from, frozen=frozen_tensors(run.base, run.recipe.model)), alpha
 
 
 def displacement_of(manifest: MergeManifest) -> float:

@@ -166,7 +166,7 @@ def send_run(run: Run, store: Store) -> StoredRun:
         ProvenanceError: the store holds another run.
     """
     mixture = run.mixture
-    units = [u.file for place in (mixture.units, mixture.transfer, mixture.retention) for u in place]
+    units = [file for place in (mixture.units, mixture.transfer, mixture.retention) for u in place for file in u.files]
     files = put_all(store, {f"mixture/{name}": run.folder / "mixture" / name for name in ["mixture.json", *units]},
                     told=lambda *told: run.progress("send", *told))
     launch = run.recipe.launch

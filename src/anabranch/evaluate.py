@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from anabranch.artifacts import Evaluation, Mixture, Unit, UnitScore, digest
-from anabranch.model import batches, can_select, load_model, load_tokenizer, response_losses
+from anabranch.model import batches, can_select, image_inputs, load_model, load_tokenizer, response_losses
 from anabranch.recipe import EvaluateSection, Recipe
 from anabranch.rows import Rows, generator, load_unit
 
@@ -95,7 +95,7 @@ def score_unit(model: Any, tokenizer: Any, rows: Rows, chosen: np.ndarray, batch
 def _answer(model: Any, tokenizer: Any, rows: Rows, chosen: np.ndarray,
             answers: EvaluateSection) -> list[tuple[float, float]]:
     """(exact match, F1) of greedy answers to rows whose one response is short."""
-    prompts, references = [], []
+    prompts, references, asked = [], [], []
     ends = _ends(model)
     for i in chosen:
         ids, mask = rows.row(int(i))
@@ -104,6 +104,7 @@ def _answer(model: Any, tokenizer: Any, rows: Rows, chosen: np.ndarray,
         if one_span and len(where) <= answers.short_answer_tokens and where[0] > 0:
             prompts.append([int(t) for t in ids[: where[0]]])
             references.append(tokenizer.decode(ids[where].tolist(), skip_special_tokens=True))
+            asked.append(int(i))
             ends.add(int(ids[where[-1]]))  # a base often stops at another token than its chat template's turns
         if len(prompts) == answers.generate_samples:
             break
@@ -114,8 +115,9 @@ def _answer(model: Any, tokenizer: Any, rows: Rows, chosen: np.ndarray,
     where_to = next(model.parameters()).device
     input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=where_to)
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=where_to)
-    written = model.generate(input_ids=input_ids, attention_mask=attention, do_sample=False, num_beams=1, pad_token_id=pad,
-                             eos_token_id=sorted(ends),
+    images = image_inputs(model, input_ids, rows.images_of(asked))
+    written = model.generate(input_ids=input_ids, attention_mask=attention, **images, do_sample=False, num_beams=1,
+                             pad_token_id=pad, eos_token_id=sorted(ends),
                              max_new_tokens=answers.short_answer_tokens + 4, temperature=None, top_p=None, top_k=None)
     texts = [tokenizer.decode(_until(row, ends), skip_special_tokens=True) for row in written[:, width:].tolist()]
     return [(float(normalise(t) == normalise(r)), token_f1(t, r)) for t, r in zip(texts, references, strict=True)]

@@ -1,4 +1,4 @@
-"""What a recipe would do, before it does it: rows, tokens, steps, bytes, operations, and every problem found."""
+"""What a recipe would do, before it does it: rows, tokens, images, steps, bytes, operations, hours, and every problem found."""
 
 from __future__ import annotations
 
@@ -6,21 +6,60 @@ import glob
 import math
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anabranch.artifacts import Mixture
 from anabranch.branches import train_settings
 from anabranch.distribute import check_launch, goes_through_store, store_url
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.errors import AnabranchError, RecipeError
+from anabranch.families import describe_frozen, skeleton
 from anabranch.jobs import job_table
 from anabranch.mixture import build_mixture
 from anabranch.model import load_tokenizer, resolve_model
 from anabranch.recipe import Recipe, Source
+from anabranch.rows import load_unit
 from anabranch.run import check_ahead, check_groups
 from anabranch.sources import SUFFIXES
+from anabranch.training_cost import SHARE, ModelSize, device_lines, memory, operations, size_of
+from anabranch.vision import load_vision
 
 Progress = Callable[[str, str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Base:
+    """entries: numbers in its files. result: bytes of a merged model. size: None where transformers cannot build the model
+    without its numbers."""
+
+    entries: int
+    result: int
+    size: ModelSize | None
+
+    @property
+    def branch(self) -> int:
+        """Bytes of a branch's float32 files."""
+        return 4 * self.entries
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint: weights, and AdamW's two numbers for each that trains."""
+        return self.branch + 8 * (self.size.trained if self.size is not None else self.entries)
+
+
+@dataclass(frozen=True)
+class Dry:
+    """A mixture that was made and thrown away. size: bytes of its files. longest: tokens of its longest training row."""
+
+    mixture: Mixture
+    size: int
+    longest: int
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(u.image_tokens for u in self.mixture.units)
 
 
 def forecast(recipe: Recipe, *, progress: Progress = lambda *_: None) -> list[str]:
@@ -35,24 +74,41 @@ def forecast(recipe: Recipe, *, progress: Progress = lambda *_: None) -> list[st
             check(recipe)
         except AnabranchError as error:
             problems.append(str(error))
-    lines, mixture, entries = [], None, 0
+    lines: list[str] = []
+    dry, base = None, None
     if Path(recipe.model.path).is_dir() or Path(recipe.model.path).is_absolute():
         try:
-            base = resolve_model(recipe.model)
-            infos = Checkpoint.open(base).tensors
-            entries = sum(math.prod(i.shape) for i in infos.values())
-            lines.append(f"model      {base}: {entries:,} parameters")
-            if not problems:
-                mixture = _dry_mixture(recipe, base, progress)
+            folder = resolve_model(recipe.model)
+            base, lines = _base(recipe, folder)
         except AnabranchError as error:
             problems.append(str(error))
+        else:
+            try:
+                dry = None if problems else _dry_mixture(recipe, folder, progress)
+            except AnabranchError as error:
+                problems.append(str(error))
     else:
         lines.append(f"model      {recipe.model.path}"
                      f"{'@' + recipe.model.revision if recipe.model.revision else ''}: from the Hub (safetensors and text "
                      "files only); its size, and exact token counts, are known once it is here")
     if problems:
         raise RecipeError.of("dry run: the recipe has problems:", problems)
-    return lines + _mixture_lines(recipe, mixture) + _stage_lines(recipe, mixture, entries)
+    return [*lines, *_mixture_lines(recipe, dry), *_stage_lines(recipe, dry, base)]
+
+
+def _base(recipe: Recipe, folder: Path) -> tuple[Base, list[str]]:
+    """Its sizes, and what is told of it: no weight is read. Raises ModelError of what cannot be frozen, among others."""
+    infos = Checkpoint.open(folder).tensors
+    entries = sum(i.numel for i in infos.values())
+    model: Any = skeleton(folder, recipe.model.trust_remote_code)
+    size = size_of(model, recipe.model) if model is not None else None
+    lines = [f"model      {folder}: {entries:,} parameters"]
+    if size is not None and len(size.parts) > 1:
+        lines[0] += " (" + ", ".join(f"{part.name} {part.parameters:,}" for part in size.parts) + ")"
+    if model is not None:
+        lines += [f"freeze     {line.removeprefix('freeze: ')}" for line in describe_frozen(model, recipe.model)]
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(recipe.merge.dtype or "")
+    return Base(entries, sum(i.numel * width if width else i.size for i in infos.values()), size), lines
 
 
 def _sources(recipe: Recipe) -> list[Source]:
@@ -68,23 +124,29 @@ def _check_sources(recipe: Recipe) -> None:
         raise RecipeError("no such data: " + ", ".join(missing))
 
 
-def _dry_mixture(recipe: Recipe, base: Path, progress: Progress) -> Mixture | None:
+def _dry_mixture(recipe: Recipe, base: Path, progress: Progress) -> Dry | None:
     """The real mixture stage, into a folder that is thrown away; not for data that would be downloaded."""
     if not all(Path(s.path).is_absolute() for s in _sources(recipe)):
         return None
-    tokenizer = load_tokenizer(base, trust_remote_code=recipe.model.trust_remote_code)
+    trust = recipe.model.trust_remote_code
+    tokenizer, vision = load_tokenizer(base, trust_remote_code=trust), load_vision(base, trust_remote_code=trust)
     with tempfile.TemporaryDirectory() as folder:
-        return build_mixture(recipe, tokenizer, Path(folder), base_hash="dry run",
-                             progress=lambda *a: progress("mixture", *a))
+        out = Path(folder)
+        mixture = build_mixture(recipe, tokenizer, out, vision=vision, base_hash="dry run",
+                                progress=lambda *a: progress("mixture", *a))
+        return Dry(mixture, sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+                   max(int(load_unit(out / unit.file, "train").lengths.max()) for unit in mixture.units))
 
 
-def _mixture_lines(recipe: Recipe, mixture: Mixture | None) -> list[str]:
-    if mixture is None:
+def _mixture_lines(recipe: Recipe, dry: Dry | None) -> list[str]:
+    if dry is None:
         return [f"mixture    {s.path}" + (f" ({s.config})" if s.config else "") + ": counted when it is read"
                 for s in recipe.mixture.sources]
+    mixture = dry.mixture
+    shown = f" ({dry.image_tokens:,} of images)" if mixture.vision is not None else ""
     lines = [f"mixture    {len(mixture.units)} units, {sum(u.samples for u in mixture.units):,} samples, "
-             f"{mixture.tokens:,} tokens; {sum(u.held_out_rows for u in mixture.units):,} held-out rows; "
-             f"{len(mixture.transfer)} transfer units, {len(mixture.retention)} retention units"]
+             f"{mixture.tokens:,} tokens{shown}; {sum(u.held_out_rows for u in mixture.units):,} held-out rows; "
+             f"{len(mixture.transfer)} transfer units, {len(mixture.retention)} retention units", *_image_lines(mixture)]
     rules: dict[str, int] = {}
     for e in mixture.excluded:
         rules[e.rule] = rules.get(e.rule, 0) + e.rows
@@ -94,38 +156,89 @@ def _mixture_lines(recipe: Recipe, mixture: Mixture | None) -> list[str]:
                     for rule, rows in sorted(rules.items())]
 
 
-def _stage_lines(recipe: Recipe, mixture: Mixture | None, entries: int) -> list[str]:
+def _image_lines(mixture: Mixture) -> list[str]:
+    vision = mixture.vision
+    if vision is None:
+        return []
+    line = (f"images     {vision.images:,} different ones, of {vision.smallest:,} to {vision.largest:,} tokens, "
+            f"{vision.median:,} in the middle")
+    if vision.max_pixels is None:
+        return [line + "; mixture.images.max_pixels is not set, so that none is scaled down"]
+    saved = 1 - vision.image_tokens / vision.image_tokens_uncapped if vision.image_tokens_uncapped else 0.0
+    return [line, f"           {vision.scaled_down:,} are scaled down to {vision.max_pixels:,} pixels: {vision.image_tokens:,} "
+                  f"image tokens instead of {vision.image_tokens_uncapped:,}, {saved:.0%} fewer"]
+
+
+def _stage_lines(recipe: Recipe, dry: Dry | None, base: Base | None) -> list[str]:
     split, settings = recipe.split, train_settings(recipe)
     count = 1 if split.method == "joint" else split.groups
     batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
     lines = [f"gradients  at most {recipe.gradients.calibration_samples} rows a unit, sketch {recipe.gradients.sketch}"
-             + (f" of {recipe.gradients.size:,} numbers per half" if recipe.gradients.sketch == "fold" else ""),
+             + (f" of {recipe.gradients.size:,} numbers per half" if recipe.gradients.sketch == "fold" else "")
+             + _gradient_work(recipe, dry, base),
              f"split      {split.method} into {count} groups, by the {split.matrix} matrix"]
     steps = ""
-    if mixture is not None:
-        samples = sum(u.samples for u in mixture.units) * settings["num_train_epochs"]
+    if dry is not None:
+        samples = sum(u.samples for u in dry.mixture.units) * settings["num_train_epochs"]
         steps = f", about {math.ceil(samples / count / batch):,} steps each"
         if split.method != "soup":
-            check_groups(len(mixture.units), {f"split.groups ({split.method})": count})
+            check_groups(len(dry.mixture.units), {f"split.groups ({split.method})": count})
     lines.append(f"train      {count} branches, {recipe.launch.max_parallel} at a time, {batch} rows a step{steps}; "
                  f"learning rate {settings['learning_rate']}")
-    if entries:
-        size = entries * 4 / 1e9
-        work = f"; {6 * entries * mixture.tokens * settings['num_train_epochs']:.1e} operations" if mixture else ""
-        checkpoints = "" if recipe.model.lora else (f"up to {size * 6:.2f} GB while a running branch replaces its "
-                                                    "checkpoint, ")
-        lines.append(f"disk       {size * count:.2f} GB of branches (float32), {checkpoints}{size:.2f} GB or less for the "
-                     f"result{work}")
-    return [*lines, *_store_lines(recipe, mixture, count, entries), f"output     {recipe.output}",
+    if base is not None:
+        lines += [*_work_lines(recipe, dry, base, count), *_disk_lines(recipe, dry, base, count)]
+    return [*lines, *_store_lines(recipe, dry, count, base), f"output     {recipe.output}",
             "Nothing was written. Without --dry-run the same command starts."]
 
 
-def _store_lines(recipe: Recipe, mixture: Mixture | None, groups: int, entries: int) -> list[str]:
-    """What goes through the store, if the recipe has one; sizes are of rows as they are stored, and of float32 weights."""
+def _gradient_work(recipe: Recipe, dry: Dry | None, base: Base | None) -> str:
+    if dry is None or base is None or base.size is None:
+        return ""
+    most = recipe.gradients.calibration_samples
+    shares = [(u, min(1.0, most / u.samples)) for u in dry.mixture.units if u.samples]
+    tokens, images = (sum(int(getattr(u, what) * share) for u, share in shares) for what in ("tokens", "image_tokens"))
+    return f"; {tokens:,} tokens, {operations(base.size, tokens, images, recompute=False):.1e} operations"
+
+
+def _work_lines(recipe: Recipe, dry: Dry | None, base: Base, count: int) -> list[str]:
+    """Operations, memory and hours of the branches, all of one size."""
+    if dry is None or base.size is None:
+        return []
+    settings, bfloat16 = train_settings(recipe), recipe.model.dtype == "bfloat16"
+    recompute = bool(settings["activation_checkpointing"] or settings.get("gradient_checkpointing"))
+    epochs = settings["num_train_epochs"]
+    work = operations(base.size, int(dry.mixture.tokens * epochs), int(dry.image_tokens * epochs), recompute=recompute)
+    rows = settings["per_device_train_batch_size"]
+    largest = dry.mixture.vision.largest if dry.mixture.vision is not None else 0
+    need = memory(base.size, rows=rows, row_tokens=dry.longest, row_image_tokens=min(largest, dry.longest), bfloat16=bfloat16,
+                  recompute=recompute)
+    half = f", bfloat16 copies {need.half / 1e9:,.2f}" if bfloat16 else ""
+    lines = [f"work       {work:.2e} operations in all branches"
+             + (", activations computed twice" if recompute else "")
+             + f"; {base.size.trained:,} parameters train",
+             f"memory     about {need.total / 1e9:,.2f} GB a branch: weights {need.weights / 1e9:,.2f}, gradients "
+             f"{need.gradients / 1e9:,.2f}, AdamW {need.optimizer / 1e9:,.2f}{half}, activations {need.activations / 1e9:,.2f} "
+             f"({rows} rows of up to {dry.longest:,} tokens at a time)"]
+    hours = device_lines([work / count] * count, need.total, bfloat16=bfloat16)
+    return [*lines, f"hours      of training, if {SHARE:.0%} of the dense peak is reached (an assumption):",
+            *(f"           {line}" for line in hours)]
+
+
+def _disk_lines(recipe: Recipe, dry: Dry | None, base: Base, count: int) -> list[str]:
+    checkpoints = "" if recipe.model.lora else (f"up to {2 * base.checkpoint / 1e9:.2f} GB while a running branch replaces its "
+                                                "checkpoint, ")
+    rows = f"{dry.size / 1e9:.2f} GB of rows{' and images' if dry.mixture.vision else ''}, " if dry is not None else ""
+    return [f"disk       {rows}{base.branch * count / 1e9:.2f} GB of branches (float32), {checkpoints}{base.result / 1e9:.2f} "
+            "GB for the result"]
+
+
+def _store_lines(recipe: Recipe, dry: Dry | None, groups: int, base: Base | None) -> list[str]:
+    """What goes through the store, if the recipe has one."""
     if not goes_through_store(recipe):
         return []
-    count = len(job_table(recipe, groups, len(mixture.units) if mixture else 10**9))
-    rows = f"{mixture.tokens * 5 / 1e6:,.1f} MB of rows" if mixture is not None else "the rows"
-    base = " and the base" if Path(recipe.model.path).is_dir() else ""
-    size = f"; {entries * 4 / 1e9:.2f} GB come back with a branch, three times that go with a checkpoint" if entries else ""
-    return [f"store      {store_url(recipe)}, launcher {recipe.launch.launcher}: {count} jobs; {rows}{base} go there{size}"]
+    count = len(job_table(recipe, groups, len(dry.mixture.units) if dry else 10**9))
+    rows = f"{dry.size / 1e6:,.1f} MB of rows" if dry is not None else "the rows"
+    local = " and the base" if Path(recipe.model.path).is_dir() else ""
+    size = (f"; {base.branch / 1e9:.2f} GB come back with a branch, {base.checkpoint / 1e9:.2f} GB go with a checkpoint"
+            if base is not None else "")
+    return [f"store      {store_url(recipe)}, launcher {recipe.launch.launcher}: {count} jobs; {rows}{local} go there{size}"]

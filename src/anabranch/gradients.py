@@ -145,7 +145,8 @@ def unit_key(unit: Unit, base_hash: str, recipe: Recipe) -> str:
     """What a unit's sketch depends on: it is computed again only if one of these changes."""
     section = recipe.gradients
     size = {"fold": section.size, "stride": section.stride, "full": 1}[section.sketch]
-    return digest({"base": base_hash, "data": unit.sha256, "unit": unit.name, "seed": recipe.seed,
+    frozen = {"freeze": recipe.model.freeze} if recipe.model.freeze else {}
+    return digest(frozen | {"base": base_hash, "data": unit.sha256, "unit": unit.name, "seed": recipe.seed,
                    "samples": section.calibration_samples, "sketch": section.sketch, "size": size,
                    "batch_tokens": section.batch_tokens, "trainable": recipe.model.trainable,
                    "lora": recipe.model.lora is not None, "dtype": recipe.model.dtype})

@@ -145,11 +145,12 @@ def is_plain(name: str) -> bool:
 def check_mixture(mixture: Mixture, run: StoredRun) -> None:
     """Every unit once, and every file one that run.json lists. Raises CorruptedError."""
     units = [u for place in (mixture.units, mixture.transfer, mixture.retention) for u in place]
-    problems = [f"{u.file!r} of unit {u.name!r} is not in run.json" for u in units if f"mixture/{u.file}" not in run.mixture]
+    problems = [f"{file!r} of unit {u.name!r} is not in run.json" for u in units for file in u.files
+                if f"mixture/{file}" not in run.mixture]
     problems += [f"unit {u.name!r}: run.json has another file for it" for u in units
                  if f"mixture/{u.file}" in run.mixture and run.mixture[f"mixture/{u.file}"].sha256 != u.sha256]
-    for what in ("name", "file"):
-        seen = Counter(getattr(u, what) for u in (mixture.units if what == "name" else units))
+    for what, all_of_them in (("name", [u.name for u in mixture.units]), ("file", [f for u in units for f in u.files])):
+        seen = Counter(all_of_them)
         problems += [f"{what} {one!r} stands {count} times" for one, count in seen.items() if count > 1]
     if problems or not mixture.units:
         raise CorruptedError.of("mixture/mixture.json: does not belong to this run.json:",
@@ -203,19 +204,19 @@ def reads(job: str, run: StoredRun, results: Mapping[str, Result], mixture: Mixt
     kind, k = job.split("-")[0], branch_of(job)
     if kind == "gradients":
         shards = sum(1 for name in run.jobs if name.startswith("gradients-"))
-        return about | _units(run, [u.file for u in mixture.units[int(job.split("-")[1]) :: shards]])
+        return about | _units(run, [f for u in mixture.units[int(job.split("-")[1]) :: shards] for f in u.files])
     if kind == "plan":
         return about | {path: ref for need in run.jobs["plan"] for path, ref in results[need].files.items()}
     if kind == "branch":
         assert plan is not None
-        files = {u.name: u.file for u in mixture.units}
-        mine = [files[u.unit] for u in plan.units if u.group in (k, None) and u.unit in files]
+        files = {u.name: u.files for u in mixture.units}
+        mine = [f for u in plan.units if u.group in (k, None) for f in files.get(u.unit, [])]
         return about | {"plan.json": results["plan"].files["plan.json"]} | _units(run, mine)
     branches = {path: ref for need in run.jobs["merge"] if kind == "merge" for path, ref in results[need].files.items()}
     if kind == "merge":
         return about | {"plan.json": results["plan"].files["plan.json"]} | branches
     model = {path: ref for need in run.jobs[job] for path, ref in results[need].files.items()}
-    places = [u.file for place in (mixture.units, mixture.transfer, mixture.retention) for u in place]
+    places = [f for place in (mixture.units, mixture.transfer, mixture.retention) for u in place for f in u.files]
     return about | _units(run, places) | model
 
 

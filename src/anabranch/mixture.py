@@ -8,54 +8,52 @@ The rules that leave rows out, in the order they apply; each row counts under th
 
     malformed            no row of its format                       empty_prompt     no user turn says anything
     empty_response       an assistant turn without text             duplicate_held_out   a held-out row that is also a
-    over_long            more tokens than max_length, never cut                          training row, drawn or not
+    missing_image        no such file, or one to be downloaded                           training row, drawn or not
+    broken_image         cut short, no image, another format        huge_image       more pixels than are decoded
+    animated_image       several frames                             over_long        more tokens than max_length, never cut
     max_samples, max_tokens   not drawn                             too_few_samples  the whole unit
 
 Rows are drawn by a seeded order of the unit's rows and tokenised until the cap is reached; those never looked at count
 under the cap. A unit's file is made again only if its rows, the tokenizer, the template or its settings changed.
+
+Rows with images (vision-language models): NAME-HASH.images.safetensors beside the unit's file holds the images of its rows,
+each once; .images.json remembers which image files were seen (pictures.py). Images are decoded when their row is drawn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from anabranch.artifacts import Exclusion, Mixture, Unit, digest, file_digest, write_atomically
-from anabranch.errors import CorruptedError, MixtureError
-from anabranch.recipe import Recipe, Source
-from anabranch.rows import Rows, budget_indices, generator, load_unit, save_unit
-from anabranch.sources import (
-    Located,
-    Messages,
-    Rejected,
-    Row,
-    Split,
-    UnitRows,
-    is_hub_id,
-    label_of,
-    locate,
-    read_source,
-)
-from anabranch.templates import Encoded, Template, choose_template, encode_rows, tokenizer_hash
+from anabranch.artifacts import AuditRow, Exclusion, Mixture, Unit, digest, file_digest, write_atomically
+from anabranch.errors import CorruptedError, MixtureError, OutputError
+from anabranch.material import MAKING, PLACES, Entry, Material, Place, count, locate_all, read_all, settings_of
+from anabranch.mixture_summary import UnitImages, audit_row, look_back, summary
+from anabranch.pictures import Pictures
+from anabranch.recipe import Recipe
+from anabranch.rows import Rows, budget_indices, generator, images_file, save_unit
+from anabranch.sources import IMAGE, Rejected, Row, Split, UnitRows
+from anabranch.templates import Encoded, Template, choose_template, encode_rows, render, tokenizer_hash
+from anabranch.unit_images import Eye, Look, Stored, check_row, store, whole
+from anabranch.vision import Vision
 
-Place = Literal["units", "transfer", "retention"]
-PLACES: tuple[Place, ...] = ("units", "transfer", "retention")
 Progress = Callable[[str, int, int], None]
-RULES = ("malformed", "empty_prompt", "empty_response", "over_long", "duplicate_held_out", "max_samples", "max_tokens",
-         "too_few_samples")
-MAKING = 1  # raised when the same rows would give other files, so that older files are made again
+RULES = ("malformed", "empty_prompt", "empty_response", "missing_image", "broken_image", "huge_image", "animated_image",
+         "over_long", "duplicate_held_out", "max_samples", "max_tokens", "too_few_samples")
 BATCH = 256  # rows that are tokenised at a time; has no say in the result
-EXAMPLES, EXAMPLE_CHARACTERS = 8, 300
 
 
-def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str,
+def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str, vision: Vision | None = None,
                   progress: Progress | None = None) -> Mixture:
     """Read, check, tokenise and save the mixture; what is unchanged since the last time is not made again.
 
@@ -64,196 +62,120 @@ def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str,
         tokenizer: a fast tokenizer of transformers.
         out: the mixture folder; files in its units/, transfer/ and retention/ that this mixture has no use for go.
         base_hash: recorded in `made_from`; the tokens depend on the tokenizer only.
+        vision: of a vision-language model; None: a language model, for which no row may show an image.
         progress: told (unit, done, total).
     Raises:
         MixtureError: every source that cannot be read, in one message; units of one name; a template that gives no
-            response mask; no unit left (with the table of what was left out).
+            response mask; images outside of their root, or for a language model; no unit left (with the table of what was
+            left out).
+        ModelError: a processor that makes other tokens of a row than were made here.
     """
-    template = choose_template(recipe.mixture.chat_template, tokenizer)
-    entries = _locate_all(recipe)
-    made_from = {
-        "base": base_hash, "tokenizer": tokenizer_hash(tokenizer), "chat_template": template.hash,
-        "sources": digest([[e.where, e.rows.digest(), e.held_out.digest() if e.held_out else None] for e in entries]),
-        "settings": digest(_settings(recipe))}
-    finished = _finished(out, made_from)
+    template = choose_template(recipe.mixture.chat_template, tokenizer, vision)
+    entries = locate_all(recipe)
+    pictures = Pictures(recipe.output.parent, out) if vision is not None else None
+    keys: list[str] | None = None
+    try:
+        content = [[e.where, e.rows.digest(), e.held_out.digest() if e.held_out else None] for e in entries]
+        named = [digest([*c, e.source.model_dump(mode="json")]) for c, e in zip(content, entries, strict=True)]
+        mixture = _build(recipe, tokenizer, out, base_hash, template, entries, content, named, vision, pictures,
+                         progress or (lambda *_: None))
+        keys = named
+        return mixture
+    finally:
+        if pictures is not None:
+            with contextlib.suppress(OutputError):  # it only spares work, and what stopped the build is what matters
+                pictures.save(keys)
+            pictures.close()
+
+
+def _build(recipe: Recipe, tokenizer: Any, out: Path, base_hash: str, template: Template, entries: list[Entry],
+           content: list[list[str | None]], keys: list[str], vision: Vision | None, pictures: Pictures | None,
+           progress: Progress) -> Mixture:
+    """`content`: of each entry its place and the hashes of its rows; `keys`: its name for `pictures`."""
+    material = None
+    if pictures is not None and not all(pictures.knows(key) for key in keys):  # which images belong to them, the rows tell
+        material = read_all(recipe, entries, pictures, keys)
+    if pictures is not None:
+        content = [c + ([images] if images else []) for c, key in zip(content, keys, strict=True)
+                   for images in [pictures.digest(key)]]
+    made_from = {"base": base_hash, "tokenizer": tokenizer_hash(tokenizer), "chat_template": template.hash,
+                 "sources": digest(content), "settings": digest(settings_of(recipe))}
+    if vision is not None:
+        made_from["vision"] = vision.hash
+    finished = _finished(out, made_from, pictures)
     if finished is not None:
         return finished
-    material = _read_all(recipe, entries)
+    material = material or read_all(recipe, entries, pictures, keys)
+    eye = Eye(vision, pictures, recipe.mixture.images.max_pixels) if vision is not None and pictures is not None else None
     making = _Making(recipe, tokenizer, template, made_from, out,
-                     frozenset(row.key for unit in material.units.values() for row in unit.train))
-    built = _build_all(making, material, progress or (lambda *_: None))
+                     frozenset(row.key for unit in material.units.values() for row in unit.train), eye)
+    built = _build_all(making, material, progress)
     units, transfer, retention = ([b.unit for b in built[place] if b.unit] for place in PLACES)
     excluded = _sorted(material.stray + [e for place in built.values() for b in place for e in b.excluded])
     if not units:
         raise MixtureError.of("the mixture has no usable row. What was left out, and why:", exclusion_lines(excluded))
-    repeated, examples = _look_back(out, units, tokenizer)
+    repeated, examples = look_back(out, units, tokenizer, vision)
+    shown = [(b.unit, b.images) for place in built.values() for b in place if b.unit and b.images]
     mixture = Mixture(
         units=units, transfer=transfer, retention=retention, excluded=excluded, duplicates_in_train=repeated,
         duplicates_across=sum(e.rows for e in excluded if e.rule == "duplicate_held_out"), examples=examples,
-        max_length=recipe.mixture.max_length, chat_template=template.kind, made_from=made_from)
-    _sweep(out, {b.stem for place in built.values() for b in place})
+        max_length=recipe.mixture.max_length, chat_template=template.kind, made_from=made_from,
+        vision=summary(out, shown, vision, recipe.mixture.images.max_pixels) if vision is not None and shown else None,
+        audit=[b.images.audit for b in built["units"] if b.unit and b.images and b.images.audit])
+    _sweep(out, [u for place in (units, transfer, retention) for u in place], {b.stem for p in built.values() for b in p})
     mixture.save(out / "mixture.json")
     return mixture
 
 
-def held_out_rows(recipe: Recipe, tokenizer: Any) -> tuple[dict[str, Rows], list[Exclusion]]:
-    """The rows of `evaluate.transfer` alone, tokenised: unit -> its rows, and what was left out. Nothing is written.
+def held_out_rows(recipe: Recipe, tokenizer: Any, *, vision: Vision | None = None,
+                  folder: Path | None = None) -> tuple[dict[str, Rows], list[Exclusion]]:
+    """The rows of `evaluate.transfer` alone, tokenised: unit -> its rows, and what was left out.
 
+    Args:
+        vision: of a vision-language model.
+        folder: where the images of rows are stored, to be read from there; nothing else is written. None: rows with images
+            are an error.
     Raises:
         MixtureError: as `build_mixture`; no usable row at all.
     """
-    template = choose_template(recipe.mixture.chat_template, tokenizer)
-    material = _read_all(recipe, [e for e in _locate_all(recipe) if e.place == "transfer"])
-    making = _Making(recipe, tokenizer, template, {}, Path(), frozenset())
-    rows, excluded = {}, list(material.stray)
-    for name, unit in sorted(material.transfer.items()):
-        drawn, _, lost = _draw(making, unit, "held_out")
-        excluded += _count(name, unit.rejected + lost)
-        if len(drawn):
-            rows[name] = drawn
+    template = choose_template(recipe.mixture.chat_template, tokenizer, vision)
+    entries = [e for e in locate_all(recipe) if e.place == "transfer"]
+    pictures = Pictures(recipe.output.parent, None) if vision is not None else None
+    try:
+        material = read_all(recipe, entries, pictures, [e.where for e in entries])
+        eye = Eye(vision, pictures, recipe.mixture.images.max_pixels) if vision is not None and pictures is not None else None
+        making = _Making(recipe, tokenizer, template, {}, folder or Path(), frozenset(), eye)
+        rows, excluded = {}, list(material.stray)
+        for number, (name, unit) in enumerate(sorted(material.transfer.items())):
+            drawn = _draw(making, unit, "held_out")
+            excluded += count(name, unit.rejected + drawn.rejected)
+            if len(drawn.rows):
+                rows[name] = _with_images_in(making, folder, f"{number}.safetensors", name, drawn)
+    finally:
+        if pictures is not None:
+            pictures.close()
     if not rows:
         raise MixtureError.of("the data has no usable row. What was left out, and why:", exclusion_lines(_sorted(excluded)))
     return rows, _sorted(excluded)
+
+
+def _with_images_in(making: _Making, folder: Path | None, file: str, name: str, drawn: _Drawn) -> Rows:
+    """The rows, their images in `folder`. Raises MixtureError."""
+    if making.eye is None or not any(drawn.looks):
+        return drawn.rows
+    if folder is None:
+        raise MixtureError(f"unit {name!r}: its rows show images, which are not taken here.")
+    nothing = _rows([])
+    stored = store(folder / file, making.eye, [], drawn.looks)
+    rows = replace(drawn.rows, images=stored.held_out)
+    save_unit(folder / file, nothing, rows, stored.hashes)
+    return rows
 
 
 def exclusion_lines(excluded: Sequence[Exclusion]) -> list[str]:
     """One line per rule, unit and side: how many rows, and the first of them."""
     return [f"{e.unit} ({e.split}): {e.rows:,} {'row' if e.rows == 1 else 'rows'}, {e.rule}: {e.example}"
             for e in excluded]
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A source of the recipe and where its rows lie."""
-
-    place: Place
-    where: str
-    source: Source
-    label: str
-    rows: Located
-    held_out: Located | None
-
-
-@dataclass
-class _Material:
-    """All rows, by place and unit, and the rows of no unit."""
-
-    units: dict[str, UnitRows] = field(default_factory=dict)
-    transfer: dict[str, UnitRows] = field(default_factory=dict)
-    retention: dict[str, UnitRows] = field(default_factory=dict)
-    stray: list[Exclusion] = field(default_factory=list)
-
-    def at(self, place: Place) -> dict[str, UnitRows]:
-        return {"units": self.units, "transfer": self.transfer, "retention": self.retention}[place]
-
-
-def _sources(recipe: Recipe) -> Iterator[tuple[Place, str, Source]]:
-    retention = recipe.evaluate.retention
-    lists: list[tuple[Place, str, list[Source]]] = [
-        ("units", "mixture.sources", recipe.mixture.sources),
-        ("transfer", "evaluate.transfer", recipe.evaluate.transfer),
-        ("retention", "evaluate.retention", retention if isinstance(retention, list) else [])]
-    for place, name, sources in lists:
-        for i, source in enumerate(sources):
-            yield place, f"{name}[{i}]", source
-
-
-def _label(path: str, recipe: Recipe) -> str:
-    hub = is_hub_id(path) and not Path(path).exists()
-    return path if hub else label_of(path, recipe.output.parent)
-
-
-def _settings(recipe: Recipe) -> Any:
-    """All of the recipe that decides the rows, without places."""
-
-    def plain(source: Source) -> dict[str, Any]:
-        held_out = _label(source.held_out, recipe) if isinstance(source.held_out, str) else source.held_out
-        return source.model_dump(mode="json") | {"path": _label(source.path, recipe), "held_out": held_out}
-
-    section = recipe.mixture.model_dump(mode="json", exclude={"sources", "chat_template"})
-    sources = [[where, plain(source)] for _, where, source in _sources(recipe)]
-    prompts = recipe.evaluate.retention == "held_out_prompts"
-    return {"making": MAKING, "mixture": section, "sources": sources, "held_out_prompts": prompts, "seed": recipe.seed}
-
-
-def _locate_all(recipe: Recipe) -> list[_Entry]:
-    """Raises MixtureError with every source that is not there."""
-    entries, problems = [], []
-    folder = recipe.output.parent
-    for place, where, source in _sources(recipe):
-        try:
-            rows = locate(source.path, source, source.split, folder)
-            held_out = None
-            if place == "units" and isinstance(source.held_out, str):
-                split = rows.dataset is not None and is_hub_id(source.held_out) and not Path(source.held_out).exists()
-                held_out = (locate(source.path, source, source.held_out, folder) if split
-                            else locate(source.held_out, source, source.split, folder))
-            entries.append(_Entry(place, where, source, _label(source.path, recipe), rows, held_out))
-        except MixtureError as error:
-            problems.append(f"{where}: {error}")
-    if problems:
-        raise MixtureError.of("the mixture cannot be read:", problems)
-    return entries
-
-
-def _read_all(recipe: Recipe, entries: list[_Entry]) -> _Material:
-    """Raises MixtureError with every source that cannot be read and every name that stands twice."""
-    material, problems = _Material(), []
-    taken: dict[tuple[bool, str], str] = {}
-    for entry in entries:
-        try:
-            units, stray = _read_entry(entry, recipe)
-        except MixtureError as error:
-            problems.append(f"{entry.where}: {error}")
-            continue
-        material.stray += _count(entry.label, stray)
-        for name, unit in units.items():
-            scope = (entry.place == "retention", name)
-            if scope in taken:
-                problems.append(f"two sources give a unit named {name!r}: {taken[scope]} and {entry.where} "
-                                f"({entry.label}). Set another `unit` for one of them.")
-            else:
-                taken[scope] = f"{entry.where} ({entry.label})"
-                material.at(entry.place)[name] = unit
-    if problems:
-        raise MixtureError.of("the mixture cannot be read:", problems)
-    return material
-
-
-def _read_entry(entry: _Entry, recipe: Recipe) -> tuple[dict[str, UnitRows], list[Rejected]]:
-    source = entry.source
-    if entry.place != "units":
-        plain = entry.place == "retention" and source.format == "auto"
-        return read_source(entry.rows, source, entry.label, form="text" if plain else source.format,
-                           split_of=lambda _: "held_out")
-    if entry.held_out is None:
-        fraction = source.held_out if isinstance(source.held_out, float) else recipe.mixture.held_out
-        return read_source(entry.rows, source, entry.label, form=source.format, split_of=_by_prompt(fraction))
-    units, stray = read_source(entry.rows, source, entry.label, form=source.format, split_of=lambda _: "train")
-    alone = next(iter(units)) if len(units) == 1 and source.unit_column is None else None
-    label = entry.label if entry.held_out.dataset is not None else _label(str(source.held_out), recipe)
-    others, more = read_source(entry.held_out, source, label, form=source.format, split_of=lambda _: "held_out",
-                               only_unit=alone)
-    for name, other in others.items():
-        unit = units.setdefault(name, UnitRows(name, entry.label, other.format, source))
-        unit.held_out += other.held_out
-        unit.rejected += other.rejected
-    return units, stray + more
-
-
-def _by_prompt(fraction: float) -> Callable[[Row | None], Split]:
-    """The side of a row by the hash of its prompt: equal prompts share a side, in any order and under any seed."""
-
-    def side(row: Row | None) -> Split:
-        if row is None:
-            return "train"
-        number = int.from_bytes(hashlib.sha256(row.prompt.encode()).digest()[:8], "big")
-        return "held_out" if number < fraction * 2**64 else "train"
-
-    return side
 
 
 # ---- one unit --------------------------------------------------------------------------------------------------------
@@ -269,12 +191,34 @@ class _Making:
     made_from: dict[str, str]
     out: Path
     training: frozenset[bytes]
+    eye: Eye | None
 
-    def encode(self, rows: Sequence[Messages], unit: str) -> list[Encoded | str]:
+    def encode(self, rows: Sequence[Row], unit: str) -> list[tuple[Encoded | str, list[Look]] | tuple[str, str]]:
+        """Each row as tokens (or why the template refuses it) with its images; or the rule by which an image leaves it out."""
+        looks = self.eye.look(rows) if self.eye is not None and any(r.images for r in rows) else [[] for _ in rows]
+        good = [(row, each) for row, each in zip(rows, looks, strict=True) if isinstance(each, list)]
+        texts = [self.eye.texts(each) for _, each in good] if self.eye is not None else None
         try:
-            return encode_rows(self.template, self.tokenizer, rows)
+            encoded = iter(encode_rows(self.template, self.tokenizer, [row.messages for row, _ in good], texts))
         except MixtureError as error:
             raise MixtureError(f"unit {unit!r}: {error}") from error
+        return [(next(encoded), each) if isinstance(each, list) else each for each in looks]
+
+    @cached_property
+    def image_ids(self) -> np.ndarray:
+        """Tokens that no text may hold, int64."""
+        return np.array(sorted(self.eye.vision.image_ids if self.eye is not None else ()), np.int64)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Rows of a split in source order, with their numbers there, their images, and what was left out."""
+
+    rows: Rows
+    kept: list[int]
+    encoded: list[Encoded]
+    looks: list[list[Look]]
+    rejected: list[Rejected]
 
 
 @dataclass(frozen=True)
@@ -285,6 +229,7 @@ class _Built:
     unit: Unit | None
     excluded: list[Exclusion]
     held_out: list[Row]
+    images: UnitImages | None
 
 
 @dataclass(frozen=True)
@@ -293,7 +238,7 @@ class _Caps:
     tokens: int | None
 
 
-def _build_all(making: _Making, material: _Material, progress: Progress) -> dict[str, list[_Built]]:
+def _build_all(making: _Making, material: Material, progress: Progress) -> dict[str, list[_Built]]:
     prompts = making.recipe.evaluate.retention == "held_out_prompts"
     total = sum(len(material.at(p)) for p in PLACES) + prompts * len(material.units)
     done = 0
@@ -309,7 +254,7 @@ def _build_all(making: _Making, material: _Material, progress: Progress) -> dict
     for _, unit in sorted(material.units.items()):
         made = build("units", unit)
         if prompts and unit.format != "text" and made.unit is not None and made.held_out:
-            texts = [Row(r.where, [{"role": "text", "content": r.prompt}]) for r in made.held_out]
+            texts = _prompts(made.held_out)
             build("retention", UnitRows(unit.name, unit.source, "text", unit.settings, held_out=texts))
         else:
             done += prompts
@@ -329,28 +274,77 @@ def _build_unit(making: _Making, place: Place, unit: UnitRows) -> _Built:
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", unit.name).strip(".-")[:60] or "unit"
     stem = f"{place}/{slug}-{hashlib.sha256(unit.name.encode()).hexdigest()[:8]}"
     key = _unit_key(making, place, unit)
-    cached = _cached(making.out, stem, key, unit)
+    cached = _cached(making, stem, key, unit)
     if cached is not None:
         return cached
     name = f"{unit.name} (retention)" if place == "retention" else unit.name
-    train, kept_train, lost_train = _draw(making, unit, "train")
-    held_out, kept, lost = _draw(making, unit, "held_out")
-    excluded = _count(name, unit.rejected + lost_train + lost)
+    train, held_out = _draw(making, unit, "train"), _draw(making, unit, "held_out")
+    excluded = count(name, unit.rejected + train.rejected + held_out.rejected)
     record = _record(making, place, unit, stem, train, held_out)
     shortage = _shortage(making, place, unit, record)
+    kept, images = held_out.kept, None
     if shortage:
-        left: dict[Split, int] = {"train": len(kept_train), "held_out": len(kept)}
+        left: dict[Split, int] = {"train": len(train.kept), "held_out": len(kept)}
         always = "train" if place == "units" else "held_out"  # the line that tells why, with or without rows
         excluded += [Exclusion(unit=name, rule="too_few_samples", rows=n, split=split, example=shortage)
                      for split, n in left.items() if n or split == always]
         kept = []
     else:
-        record = record.model_copy(update={"sha256": save_unit(making.out / f"{stem}.safetensors", train, held_out)})
-    built = _Built(stem, None if shortage else record, excluded, [unit.held_out[i] for i in kept])
+        sha256, images = _save(making, unit, making.out / f"{stem}.safetensors", train, held_out)
+        record = record.model_copy(update={"sha256": sha256})
+    built = _Built(stem, None if shortage else record, excluded, [unit.held_out[i] for i in kept], images)
     content = {"key": key, "unit": built.unit.model_dump(mode="json") if built.unit else None,
                "excluded": [e.model_dump(mode="json") for e in built.excluded], "held_out": kept}
+    if images is not None:
+        content["images"] = images.model_dump(mode="json")
     write_atomically(making.out / f"{stem}.json", (json.dumps(content, ensure_ascii=False) + "\n").encode())
     return built
+
+
+def _prompts(rows: Sequence[Row]) -> list[Row]:
+    """Prompts as plain text. Of rows with images what is left without them, each once: a task asks the same of every image."""
+    texts, said = [], set()
+    for row in rows:
+        text = row.prompt.replace(IMAGE, "") if row.images else row.prompt
+        if row.images and (text in said or not text.strip()):
+            continue
+        said.add(text)
+        texts.append(Row(row.where, [{"role": "text", "content": text}]))
+    return texts
+
+
+def _save(making: _Making, unit: UnitRows, path: Path, train: _Drawn, held_out: _Drawn) -> tuple[str, UnitImages | None]:
+    """Write a unit's rows, after their images: (SHA-256 of the file, what its images came to)."""
+    if making.eye is None or not any([*train.looks, *held_out.looks]):
+        return save_unit(path, train.rows, held_out.rows), None
+    stored = store(path, making.eye, train.looks, held_out.looks)
+    rows = {"train": replace(train.rows, images=stored.train), "held_out": replace(held_out.rows, images=stored.held_out)}
+    sha256 = save_unit(path, rows["train"], rows["held_out"], stored.hashes)
+    audits = []
+    sides: list[tuple[Split, _Drawn]] = [("train", train), ("held_out", held_out)]
+    for split, drawn in sides:
+        number = next((i for i, looks in enumerate(drawn.looks) if looks), None)
+        if number is not None:
+            row, encoded = unit.side(split)[drawn.kept[number]], drawn.encoded[number]
+            rendered = render(making.template, making.tokenizer, row.messages)
+            shown = rows[split].images_of([number])[0]
+            if isinstance(rendered, tuple):
+                check_row(making.eye, rendered[0], shown, encoded.input_ids, unit.name)
+            audits.append((split, audit_row(making.tokenizer, unit.name, row.where, path, making.out, shown, encoded,
+                                            making.template.placeholder)))
+    return sha256, _images_of(making, unit, train, stored, next((a for split, a in audits if split == "train"), None))
+
+
+def _images_of(making: _Making, unit: UnitRows, train: _Drawn, stored: Stored, audit: AuditRow | None) -> UnitImages:
+    epochs = unit.settings.epochs or making.recipe.mixture.epochs
+    chosen = budget_indices(len(train.rows), epochs, making.recipe.seed, unit.name)
+    assert making.eye is not None  # it looked at them
+    uncapped = [sum(making.eye.uncapped(look) if look.scaled else stop - start
+                    for look, (start, stop) in zip(looks, encoded.shown, strict=True))
+                for looks, encoded in zip(train.looks, train.encoded, strict=True)]
+    runs = Counter(stop - start for encoded in train.encoded for start, stop in encoded.shown)
+    return UnitImages(scaled=stored.scaled, runs=dict(sorted(runs.items())),
+                      tokens_uncapped=int(np.array(uncapped, np.int64)[chosen].sum()), audit=audit)
 
 
 def _unit_key(making: _Making, place: Place, unit: UnitRows) -> str:
@@ -363,27 +357,30 @@ def _unit_key(making: _Making, place: Place, unit: UnitRows) -> str:
     rejected = [[r.split, r.rule, r.where, r.why] for r in unit.rejected]
     settings = [section.max_length, section.max_held_out, section.min_samples, section.max_samples, section.max_tokens,
                 section.epochs, own.max_samples, own.max_tokens, own.epochs, making.recipe.seed]
+    seeing = [making.eye.vision.hash, making.eye.max_pixels] if making.eye is not None else []
     return digest([MAKING, place, unit.name, unit.source, unit.format, rows.hexdigest(), digest(rejected), settings,
-                   making.made_from["tokenizer"], making.made_from["chat_template"]])
+                   making.made_from["tokenizer"], making.made_from["chat_template"], *seeing])
 
 
-def _cached(out: Path, stem: str, key: str, unit: UnitRows) -> _Built | None:
+def _cached(making: _Making, stem: str, key: str, unit: UnitRows) -> _Built | None:
     """The unit as it lies there, if it was made from just this and is whole."""
+    out = making.out
     try:
         content = json.loads((out / f"{stem}.json").read_text(encoding="utf-8"))
         if content["key"] != key:
             return None
         record = Unit.model_validate(content["unit"]) if content["unit"] else None
-        if record is not None and file_digest(out / record.file) != record.sha256:
+        if record is not None and not _whole(out, record, making.eye.pictures if making.eye is not None else None):
             return None
         return _Built(stem, record, [Exclusion.model_validate(e) for e in content["excluded"]],
-                      [unit.held_out[i] for i in content["held_out"]])
+                      [unit.held_out[i] for i in content["held_out"]],
+                      UnitImages.model_validate(content["images"]) if "images" in content else None)
     except (OSError, ValueError, KeyError, TypeError, IndexError):  # never written, or not by us: made again
         return None
 
 
-def _draw(making: _Making, unit: UnitRows, split: Split) -> tuple[Rows, list[int], list[Rejected]]:
-    """Tokenise rows in the order of the draw to the cap: (rows in source order, their numbers, what was left out)."""
+def _draw(making: _Making, unit: UnitRows, split: Split) -> _Drawn:
+    """Tokenise rows in the order of the draw to the cap."""
     section, own, pool = making.recipe.mixture, unit.settings, unit.side(split)
     caps = (_Caps(own.max_samples or section.max_samples, own.max_tokens or section.max_tokens) if split == "train"
             else _Caps(section.max_held_out, None))
@@ -391,7 +388,7 @@ def _draw(making: _Making, unit: UnitRows, split: Split) -> tuple[Rows, list[int
     if caps.rows or caps.tokens:
         stream = "max_samples" if split == "train" else "max_held_out"
         order = generator(making.recipe.seed, stream, unit.name).permutation(len(pool))
-    kept: dict[int, Encoded] = {}
+    kept: dict[int, tuple[Encoded, list[Look]]] = {}
     lost: dict[int, Rejected] = {}
     tokens, seen, full = 0, 0, ""
     while seen < len(order) and not full:
@@ -400,31 +397,44 @@ def _draw(making: _Making, unit: UnitRows, split: Split) -> tuple[Rows, list[int
             break
         wanted = BATCH if caps.rows is None else min(BATCH, max(16, caps.rows - len(kept)))
         batch = order[seen : seen + wanted]
-        for i, row in zip(batch, making.encode([pool[i].messages for i in batch], unit.name), strict=True):
+        for i, made in zip(batch, making.encode([pool[i] for i in batch], unit.name), strict=True):
             if caps.rows is not None and len(kept) == caps.rows:
                 break  # the rest of the batch was tokenised in vain
-            problem = _problem(row, section.max_length)
+            problem = _problem(making, made)
             if problem is not None:
                 lost[int(i)] = Rejected(split, problem[0], pool[i].where, problem[1])
-            elif isinstance(row, Encoded):
-                if caps.tokens is not None and tokens + len(row.input_ids) > caps.tokens:
+            elif isinstance(made[0], Encoded) and isinstance(made[1], list):
+                if caps.tokens is not None and tokens + len(made[0].input_ids) > caps.tokens:
                     full = "max_tokens"
                     break
-                kept[int(i)] = row
-                tokens += len(row.input_ids)
+                kept[int(i)] = made[0], made[1]
+                tokens += len(made[0].input_ids)
             seen += 1
     why = f"{caps.rows or 0:,} rows are drawn" if full == "max_samples" else f"{caps.tokens or 0:,} tokens are drawn"
     undrawn = [Rejected(split, full, pool[i].where, why) for i in sorted(order[seen:].tolist())]
-    rejected = [lost[i] for i in sorted(lost)] + undrawn
-    return _rows([kept[i] for i in sorted(kept)]), sorted(kept), rejected
+    numbers = sorted(kept)
+    encoded, looks = [kept[i][0] for i in numbers], [kept[i][1] for i in numbers]
+    return _Drawn(_rows(encoded), numbers, encoded, looks, [lost[i] for i in sorted(lost)] + undrawn)
 
 
-def _problem(row: Encoded | str, max_length: int) -> tuple[str, str] | None:
+def _problem(making: _Making, made: tuple[Encoded | str, list[Look]] | tuple[str, str]) -> tuple[str, str] | None:
     """(rule, why) of a row that cannot be used now that it is tokens."""
+    row, looks = made
+    if isinstance(looks, str):
+        return str(row), looks
     if isinstance(row, str):
         return "malformed", row
+    max_length = making.recipe.mixture.max_length
     if len(row.input_ids) > max_length:
-        return "over_long", f"{len(row.input_ids):,} tokens, max_length is {max_length:,}"
+        images = f" ({sum(b - a for a, b in row.shown):,} of images)" if row.shown else ""
+        return "over_long", f"{len(row.input_ids):,} tokens{images}, max_length is {max_length:,}"
+    if making.eye is not None:
+        told = np.isin(row.input_ids, making.image_ids)
+        for start, stop in row.shown:
+            told[start:stop] = False
+        if told.any():
+            word = making.tokenizer.decode([int(row.input_ids[told.argmax()])])
+            return "malformed", f"its text holds {word}, which stands for an image in this model"
     return None if row.response.any() else ("empty_response", "a single token: nothing to predict")
 
 
@@ -435,14 +445,20 @@ def _rows(encoded: list[Encoded]) -> Rows:
                 np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
-def _record(making: _Making, place: Place, unit: UnitRows, stem: str, train: Rows, held_out: Rows) -> Unit:
+def _record(making: _Making, place: Place, unit: UnitRows, stem: str, drawn: _Drawn, drawn_held_out: _Drawn) -> Unit:
     epochs = unit.settings.epochs or making.recipe.mixture.epochs
+    train, held_out = drawn.rows, drawn_held_out.rows
     chosen = budget_indices(len(train), epochs, making.recipe.seed, unit.name)
+    images = np.array([len(looks) for looks in drawn.looks], np.int64)
+    image_tokens = np.array([sum(stop - start for start, stop in e.shown) for e in drawn.encoded], np.int64)
+    held_out_images = sum(len(looks) for looks in drawn_held_out.looks)
     return Unit(
         name=unit.name, source=unit.source, format=unit.format, file=f"{stem}.safetensors", sha256="", rows=len(train),
         epochs=epochs if place == "units" else 0.0, samples=len(chosen), tokens=int(train.lengths[chosen].sum()),
         response_tokens=int(train.response_lengths[chosen].sum()), held_out_rows=len(held_out),
-        held_out_tokens=int(held_out.lengths.sum()), held_out_response_tokens=int(held_out.response_lengths.sum()))
+        held_out_tokens=int(held_out.lengths.sum()), held_out_response_tokens=int(held_out.response_lengths.sum()),
+        images_file=f"{stem}.images.safetensors" if images.sum() or held_out_images else None, images=int(images[chosen].sum()),
+        image_tokens=int(image_tokens[chosen].sum()), held_out_images=held_out_images)
 
 
 def _shortage(making: _Making, place: Place, unit: UnitRows, record: Unit) -> str:
@@ -455,16 +471,6 @@ def _shortage(making: _Making, place: Place, unit: UnitRows, record: Unit) -> st
     return "" if record.samples else f"{record.rows} rows x {record.epochs:g} epochs is less than one sample"
 
 
-def _count(unit: str, rejected: Sequence[Rejected]) -> list[Exclusion]:
-    """Rejected rows counted by rule and side, with the first as the example."""
-    groups: dict[tuple[str, str], list[Rejected]] = {}
-    for r in rejected:
-        groups.setdefault((r.rule, r.split), []).append(r)
-    return [Exclusion.model_validate({"unit": unit, "rule": rule, "split": split, "rows": len(some),
-                                      "example": f"{some[0].where}: {some[0].why}" if some[0].where else some[0].why})
-            for (rule, split), some in groups.items()]
-
-
 def _sorted(excluded: list[Exclusion]) -> list[Exclusion]:
     return sorted(excluded, key=lambda e: (e.unit, RULES.index(e.rule), e.split != "train"))
 
@@ -472,42 +478,31 @@ def _sorted(excluded: list[Exclusion]) -> list[Exclusion]:
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
-def _finished(out: Path, made_from: dict[str, str]) -> Mixture | None:
+def _finished(out: Path, made_from: dict[str, str], pictures: Pictures | None) -> Mixture | None:
     """The mixture as it lies there, if it was made from just this and every file is whole."""
     try:
         mixture = Mixture.load(out / "mixture.json")
-        whole = mixture.made_from == made_from and all(
-            file_digest(out / u.file) == u.sha256 for u in (*mixture.units, *mixture.transfer, *mixture.retention))
+        good = mixture.made_from == made_from and all(
+            _whole(out, u, pictures) for u in (*mixture.units, *mixture.transfer, *mixture.retention))
     except (CorruptedError, OSError):  # not yet, or damaged: made again
         return None
-    return mixture if whole else None
+    return mixture if good else None
 
 
-def _sweep(out: Path, stems: set[str]) -> None:
+def _whole(out: Path, unit: Unit, pictures: Pictures | None) -> bool:
+    """Whether a unit's files are those that were written. Raises OSError."""
+    file = out / unit.file
+    if file_digest(file) != unit.sha256:
+        return False
+    return unit.images_file is None or pictures is None or pictures.whole(
+        f"{unit.images_file} {unit.sha256}", images_file(file), lambda: whole(file))
+
+
+def _sweep(out: Path, units: list[Unit], stems: set[str]) -> None:
     """Remove files of units that the mixture no longer has, so that the folder is what mixture.json says."""
+    wanted = {f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".json")}
+    wanted |= {u.images_file for u in units if u.images_file}
     for place in PLACES:
         for path in (*(out / place).glob("*.safetensors"), *(out / place).glob("*.json")):
-            if f"{place}/{path.stem}" not in stems:
+            if f"{place}/{path.name}" not in wanted:
                 path.unlink(missing_ok=True)
-
-
-def _look_back(out: Path, units: list[Unit], tokenizer: Any) -> tuple[int, list[dict[str, str]]]:
-    """Training rows that repeat another, and a few rows as the loss sees them: decoded from the tokens, by the mask."""
-    shown = set(np.linspace(0, len(units) - 1, min(EXAMPLES, len(units))).round().astype(int).tolist())
-    seen: set[bytes] = set()
-    total, examples = 0, []
-    for number, unit in enumerate(units):
-        rows = load_unit(out / unit.file, "train")
-        total += len(rows)
-        seen.update(hashlib.sha256(ids.tobytes() + mask.tobytes()).digest()[:16] for ids, mask in
-                    (rows.row(i) for i in range(len(rows))))
-        if number in shown:
-            ids, mask = rows.row(0)
-            examples.append({"unit": unit.name, "prompt": _short(tokenizer.decode(ids[: int(mask.argmax())].tolist())),
-                             "response": _short(tokenizer.decode(ids[mask == 1].tolist()))})
-    return total - len(seen), examples
-
-
-def _short(text: str) -> str:
-    half = EXAMPLE_CHARACTERS // 2
-    return text if len(text) <= EXAMPLE_CHARACTERS else f"{text[: half - 2]} … {text[-half + 2 :]}"

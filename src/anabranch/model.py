@@ -4,6 +4,8 @@
 
 Gradients, branches and evaluation all take the loss defined here: the sum of negative log-likelihoods (nats)
 over response tokens, divided where a mean is wanted by the number of those tokens (what the trainer minimises).
+
+A vision-language model is loaded as one, and its rows' images are decoded and prepared when the loss of their batch is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import gc
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ from torch.utils.checkpoint import checkpoint
 
 from anabranch.engine.fetch import resolve
 from anabranch.errors import ModelError
+from anabranch.families import frozen_names
 from anabranch.recipe import Model as ModelSection
-from anabranch.rows import Rows
+from anabranch.rows import Rows, StoredImage
+from anabranch.vision import Vision, load_vision, model_class
 
 LOGITS_AT_ONCE = 2**28  # numbers; 1 GB in float32
 
@@ -87,34 +91,50 @@ def device() -> torch.device:
 
 
 def load_model(folder: Path, dtype: str = "float32", *, trust_remote_code: bool = False) -> Any:
-    """A causal language model in evaluation mode (no dropout) on the first accelerator, or the CPU.
+    """A causal or a vision-language model in evaluation mode (no dropout) on the first accelerator, or the CPU.
 
     Raises:
         ModelError: the weights do not fit the config, or the architecture wants code of its own.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     # transformers' own loading bars would stand between the lines of ours
     logging.disable_progress_bar()
+    kind = model_class(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             str(folder), dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"model folder {folder}: does not load as a causal language model "
+        sort = "vision-language" if "ImageText" in kind.__name__ else "causal language"
+        raise ModelError(f"model folder {folder}: does not load as a {sort} model "
                          f"({type(error).__name__}: {str(error)[:300]}).") from error
+    model.anabranch_origin = (folder, trust_remote_code)
     return model.to(device()).eval()
+
+
+def vision_of(model: Any) -> Vision | None:
+    """The processor of a model that `load_model` loaded, read when it is first asked for; None: a language model.
+
+    Raises:
+        ModelError: a vision-language model without a usable processor.
+    """
+    if not hasattr(model, "anabranch_vision"):
+        folder, trust = getattr(model, "anabranch_origin", (None, False))
+        model.anabranch_vision = load_vision(folder, trust_remote_code=trust) if folder is not None else None
+    vision: Vision | None = model.anabranch_vision
+    return vision
 
 
 def select_trainable(model: Any, section: ModelSection) -> dict[str, nn.Parameter]:
     """Freeze what does not train and return the rest by name, in the model's order.
 
     With LoRA and no pattern of its own, the conflict is measured on what the adapters sit on: the weights of the
-    linear layers, without the output head.
+    linear layers, without the output head. What `freeze` names is taken away from either.
 
     Raises:
-        ModelError: no parameter matches.
+        ModelError: no parameter matches, a part to freeze is not there, or nothing is left.
     """
+    frozen = frozen_names(model, section)
     names = [name for name, _ in model.named_parameters()]
     if section.lora is not None and section.trainable == ["*"]:
         head = model.get_output_embeddings()
@@ -127,6 +147,9 @@ def select_trainable(model: Any, section: ModelSection) -> dict[str, nn.Paramete
         if idle:
             raise ModelError(f"model.trainable: no parameter matches {', '.join(idle)}. Names look like "
                              f"{', '.join(names[:3])}, .., {names[-1]}; patterns use * and ?.")
+    wanted -= frozen
+    if not wanted:
+        raise ModelError(f"model.freeze: {', '.join(section.freeze)} leave no parameter to train.")
     chosen = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)
@@ -186,6 +209,7 @@ class Batch:
     input_ids: Int[Tensor, "B S"]
     attention_mask: Int[Tensor, "B S"]
     response: Bool[Tensor, "B S"]
+    images: tuple[tuple[StoredImage, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -221,7 +245,35 @@ def padded(rows: Rows, chosen: np.ndarray, where: torch.device) -> Batch:
         response[i, : len(tokens)] = mask
     response[:, 0] = False  # nothing predicts a row's first token
     return Batch(chosen, torch.from_numpy(ids).to(where), torch.from_numpy(attention).to(where),
-                 torch.from_numpy(response).to(where))
+                 torch.from_numpy(response).to(where), tuple(rows.images_of(chosen)) if rows.images is not None else ())
+
+
+def model_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """What the model's forward takes for a batch: tokens and mask, and what its images become.
+
+    Raises:
+        ModelError: rows with images, and a language model.
+        CorruptedError: an image that is not the one the unit was made with.
+    """
+    tokens = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return tokens | image_inputs(model, batch.input_ids, batch.images)
+
+
+def image_inputs(model: Any, input_ids: Int[Tensor, "B S"], images: Sequence[Sequence[StoredImage]]) -> dict[str, Tensor]:
+    """What a forward pass takes beside tokens and mask, on the model's device; nothing for rows without images.
+
+    Raises as `model_inputs`.
+    """
+    if not any(images):
+        return {}
+    vision = vision_of(model)
+    if vision is None:
+        raise ModelError("these rows show images, and the model is a language model. Give the vision-language model that "
+                         "they were prepared for.")
+    where, floats = input_ids.device, next(p.dtype for p in model.parameters() if p.is_floating_point())
+    made = vision.stored_inputs(images)
+    return {name: value.to(where, floats if value.is_floating_point() else value.dtype) for name, value in made.items()} | \
+        vision.token_types(model, input_ids)
 
 
 def check_vocabulary(highest: int, model: Any) -> None:
@@ -241,13 +293,13 @@ def response_losses(model: Any, batch: Batch, *, select: bool) -> tuple[Float[Te
             that spares most of a forward pass for a model with a large vocabulary.
     """
     check_vocabulary(int(batch.input_ids.max()), model)
+    inputs = model_inputs(model, batch)
     targets = batch.input_ids[:, 1:][batch.response[:, 1:]]
     if select:
-        hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                                  use_cache=False).last_hidden_state
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
         return _head_losses(model.get_output_embeddings(), hidden[:, :-1][batch.response[:, 1:]], targets)
     else:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits
         logits = logits[:, :-1][batch.response[:, 1:]]
     logits = logits.float()
     return nn.functional.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1)
@@ -268,6 +320,12 @@ def _piece_losses(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, T
     return nn.functional.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1)
 
 
+def _image_tokens(config: Any) -> list[int]:
+    """Tokens that a model replaces by an image, which it would look for."""
+    named = [getattr(config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
+    return [token for token in named if isinstance(token, int)]
+
+
 @torch.no_grad()
 def can_select(model: Any) -> bool:
     """Whether head(last hidden state) are this model's logits. Some scale or cap them afterwards: then we do not."""
@@ -276,6 +334,7 @@ def can_select(model: Any) -> bool:
         return False
     where = next(model.parameters()).device
     ids = (torch.arange(6, device=where) * 7 % model.config.get_text_config().vocab_size)[None]
+    ids = ids.where(~torch.isin(ids, torch.tensor(_image_tokens(model.config), device=where)), 1)
     hidden = model.base_model(input_ids=ids, use_cache=False)
     if not hasattr(hidden, "last_hidden_state"):
         return False

@@ -17,6 +17,7 @@ from anabranch.distribute import collect, goes_through_store, store_url
 from anabranch.engine.merging import merge_checkpoints
 from anabranch.engine.stream import Progress, Settings
 from anabranch.errors import AnabranchError, OutputError, ProvenanceError
+from anabranch.families import frozen_tensors
 from anabranch.plan import load_plan
 from anabranch.run import Run
 from anabranch.store import leases
@@ -94,7 +95,8 @@ def merge_present(run: Run, out: Path, *, partial: bool = False, settings: Setti
             others. Nothing in the run folder changes.
         settings: threads, memory, device.
     Raises:
-        ProvenanceError: branches are missing (without `partial`: any; with it: all), or were not made for this run.
+        ProvenanceError: branches are missing (without `partial`: any; with it: all), were not made for this run, or changed
+            what its recipe freezes.
         CorruptedError: weights of a branch are damaged.
         OutputError: a partial merge into the run's own `merged`; `out` holds something else, or cannot be written.
         RecipeError: the recipe's merge method cannot merge so many (slerp wants two).
@@ -105,7 +107,7 @@ def merge_present(run: Run, out: Path, *, partial: bool = False, settings: Setti
     return merge_checkpoints(section.method, run.base, [run.branch(k) / "model" for k in present.there], present.weights, out,
                              dtype=section.dtype, max_shard_size=section.max_shard_size, made_from=made_from,
                              labels=[*(f"branch-{k}" for k in present.there), "base"], missing=present.missing,
-                             settings=settings, progress=progress)
+                             frozen=frozen_tensors(run.base, run.recipe.model), settings=settings, progress=progress)
 
 
 def checked_inputs(run: Run, present: Present) -> dict[str, str]:

@@ -71,6 +71,7 @@ from anabranch.run import (
     reopen_run,
 )
 from anabranch.scores import PLACES
+from anabranch.vision import load_vision
 
 # Of the full budget. Budgets of this share and a quarter of it, two seeds and six arms to train are 0.9 joint trainings: a
 # pilot sees fewer tokens than one of the arms that it helps to choose among, and 5 % of what `anabranch compare` would.
@@ -212,9 +213,10 @@ def dry_pilot(recipe: Recipe, arms: list[Arm], seeds: int, share: float, progres
     check_ahead(recipe)
     run = Run(recipe, recipe.output, resolve_model(recipe.model), "dry run", lambda _: None, progress)
     tokenizer = load_tokenizer(run.base, trust_remote_code=run.recipe.model.trust_remote_code)
+    vision = load_vision(run.base, trust_remote_code=run.recipe.model.trust_remote_code)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        mixture = build_mixture(run.recipe, tokenizer, folder, base_hash="dry run",
+        mixture = build_mixture(run.recipe, tokenizer, folder, vision=vision, base_hash="dry run",
                                 progress=lambda *a: run.progress("mixture", *a))
         prospect = look_ahead(replace(run, folder=folder), mixture, folder, arms, seeds, share)
     return [*prospect.lines(), *_gradient_line(run, mixture), "Nothing was written. Without --dry-run the same command starts."]

@@ -54,6 +54,8 @@ class Model(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute precision; master weights are fp32")
     trainable: list[str] = Field(["*"], min_length=1, description="patterns over parameter names; the rest is frozen")
+    freeze: list[str] = Field([], description="does not train, whatever `trainable` says: patterns, or vision tower, "
+                                              "projector, language model (shown for the model's family before they are used)")
     lora: dict[str, Any] | None = Field(None, description="peft.LoraConfig arguments; null trains the weights themselves")
     trust_remote_code: bool = False
 
@@ -67,7 +69,8 @@ class Model(Section):
 
 
 class Source(Section):
-    """Where rows come from: a Hub dataset id, a file or a glob (.json .jsonl .parquet .csv, .gz and .zst of them)."""
+    """Where rows come from: a Hub dataset id, a file or a glob (.json .jsonl .parquet .csv, .gz and .zst of them;
+    .zip with such files and images in it)."""
 
     path: str
     unit: str | None = Field(None, description="name of the unit; default: the file's or the dataset's name")
@@ -77,6 +80,7 @@ class Source(Section):
     revision: str | None = None
     format: Format = "auto"
     columns: dict[str, str] = Field({}, description="our name -> the file's: {prompt: question, completion: answer}")
+    images: str | None = Field(None, description="folder or .zip that image paths start from; null: where the rows are")
     held_out: Fraction | str | None = Field(None, description="a fraction of the rows, or a path (Hub: a split)")
     max_samples: int | None = Field(None, ge=1, description="training rows per unit, drawn by seed")
     max_tokens: int | None = Field(None, ge=1, description="training tokens per unit and pass")
@@ -89,6 +93,20 @@ class Source(Section):
         return self
 
 
+class ImageSection(Section):
+    """What the images of a mixture may be."""
+
+    max_pixels: int | None = Field(None, ge=784, description="larger images are scaled down to it: a number, or 784x784 as in "
+                                                             "MERIT; null: as large as the model's processor takes them")
+
+    @field_validator("max_pixels", mode="before")
+    @classmethod
+    def _a_product(cls, value: Any) -> Any:
+        if isinstance(value, str) and (sides := re.fullmatch(r"(\d{1,6}) ?[x×] ?(\d{1,6})", value)):
+            return int(sides[1]) * int(sides[2])
+        return value
+
+
 class MixtureSection(Section):
     sources: list[Source] = Field(min_length=1)
     held_out: Fraction = Field(0.1, description="fraction of each unit kept from training, by hash of the prompt")
@@ -99,6 +117,7 @@ class MixtureSection(Section):
     max_held_out: int | None = Field(None, ge=1, description="held-out rows per unit, drawn by seed")
     min_samples: int = Field(2, ge=2, description="units with fewer training rows are left out, and named")
     chat_template: str = Field("auto", description="auto, tokenizer, plain, or a .jinja file")
+    images: ImageSection = ImageSection()
 
 
 class GradientSection(Section):
@@ -293,7 +312,8 @@ def _anchored(recipe: Recipe, folder: Path) -> Recipe:
 
     def source(s: Source) -> Source:
         held_out = local(s.held_out) if isinstance(s.held_out, str) else s.held_out
-        return s.model_copy(update={"path": local(s.path), "held_out": held_out})
+        images = local(s.images) if s.images is not None else None
+        return s.model_copy(update={"path": local(s.path), "held_out": held_out, "images": images})
 
     evaluate = recipe.evaluate
     retention = evaluate.retention

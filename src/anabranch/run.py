@@ -38,6 +38,7 @@ from anabranch.artifacts import (
     Gradients,
     MergeManifest,
     Mixture,
+    MixtureVision,
     Plan,
     digest,
     file_digest,
@@ -49,6 +50,7 @@ from anabranch.engine.merging import merge_checkpoints
 from anabranch.engine.plan import parse_size
 from anabranch.errors import CorruptedError, PlanError, ProvenanceError, RecipeError
 from anabranch.evaluate import evaluate_model, evaluation_inputs
+from anabranch.families import describe_frozen, frozen_tensors, skeleton
 from anabranch.gradients import load_halves, measure_gradients
 from anabranch.launch.local import Job, run_jobs
 from anabranch.merge import method_named
@@ -59,6 +61,7 @@ from anabranch.plan import load_plan, make_plan, plan_inputs
 from anabranch.recipe import Recipe
 from anabranch.report import write_report
 from anabranch.trainers.command import check_command, train_group
+from anabranch.vision import load_vision
 
 STAGES = ("mixture", "gradients", "conflict", "split", "train", "merge", "evaluate", "report")
 # What each stage leaves; `--from STAGE` removes what it and the stages after it left.
@@ -146,11 +149,20 @@ def run_stages(run: Run, *, start: str | None = None, until: str = "report") -> 
         check_ahead(run.recipe)
     if start is not None:
         forget(run, start)
+    if last >= STAGES.index("gradients"):
+        tell_frozen(run)
     stages: dict[str, Callable[[Run], object]] = {
         "mixture": _mixture_for_split, "gradients": gradient_stage, "conflict": conflict_stage, "split": split_stage,
               "train": train_stage, "merge": merge_stage, "evaluate": evaluate_stage, "report": report_stage}
     for name in STAGES[: last + 1]:
         stages[name](run)
+
+
+def tell_frozen(run: Run) -> None:
+    """What `model.freeze` holds still in this family, before it is used. Raises ModelError."""
+    model = skeleton(run.base, run.recipe.model.trust_remote_code) if run.recipe.model.freeze else None
+    for line in describe_frozen(model, run.recipe.model) if model is not None else []:
+        run.tell(line)
 
 
 def check_ahead(recipe: Recipe) -> None:
@@ -190,15 +202,27 @@ def forget(run: Run, start: str) -> None:
 
 def mixture_stage(run: Run) -> Mixture:
     tokenizer = load_tokenizer(run.base, trust_remote_code=run.recipe.model.trust_remote_code)
-    mixture = build_mixture(run.recipe, tokenizer, run.folder / "mixture", base_hash=run.base_hash,
+    vision = load_vision(run.base, trust_remote_code=run.recipe.model.trust_remote_code)
+    mixture = build_mixture(run.recipe, tokenizer, run.folder / "mixture", vision=vision, base_hash=run.base_hash,
                             progress=lambda *a: run.progress("mixture", *a))
     run.tell(f"mixture: {len(mixture.units)} units, {sum(u.samples for u in mixture.units):,} samples, "
              f"{mixture.tokens:,} tokens ({sum(u.response_tokens for u in mixture.units):,} of responses); "
              f"{sum(e.rows for e in mixture.excluded):,} rows left out by rule")
+    if mixture.vision is not None:
+        run.tell("  " + image_line(mixture.vision))
     if lost := [e.unit for e in mixture.excluded if e.rule == "too_few_samples" and e.split == "train"]:
         run.tell(f"  left out whole, as too few rows are usable: {', '.join(lost[:8])}{', ..' if len(lost) > 8 else ''} "
                  f"(mixture/mixture.json says why, under `excluded`)")
     return mixture
+
+
+def image_line(vision: MixtureVision) -> str:
+    """How many images there are, the tokens that they cost, and what the pixel cap saves."""
+    spared = vision.image_tokens_uncapped - vision.image_tokens
+    capped = (f"; {vision.scaled_down:,} scaled down to {vision.max_pixels:,} pixels, which spares {spared:,} tokens"
+              if vision.max_pixels else "; no `mixture.images.max_pixels`")
+    return (f"images: {vision.images:,} of {vision.smallest:,} to {vision.largest:,} tokens each (median {vision.median:,}), "
+            f"{vision.image_tokens:,} tokens of one budget{capped}")
 
 
 def _mixture_for_split(run: Run) -> Mixture:
@@ -436,6 +460,7 @@ def merge_branches(run: Run, plan: Plan, branches: list[Path], out: Path) -> Mer
     return merge_checkpoints(section.method, run.base, [b / "model" for b in branches], [g.weight for g in plan.groups],
                              out, dtype=section.dtype, max_shard_size=section.max_shard_size, made_from=made_from,
                              labels=[*(f"branch-{g.group}" for g in plan.groups), "base"],  # not paths: the same bytes anywhere
+                             frozen=frozen_tensors(run.base, run.recipe.model),
                              progress=lambda p: run.progress("merge", "", p.done, p.total))
 
 

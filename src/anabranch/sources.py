@@ -4,42 +4,43 @@ Whatever a source holds (prompt/completion, instruction/output, `messages`, Shar
 becomes a list of {role, content} messages. A source that cannot be read is an error; a row that cannot be used is left
 out and named with its place. Nothing is trimmed, mended or guessed.
 
-Images come in by the same door: `to_messages` sees the whole raw row, so a further column is a further field of Row.
+Images come in by the same door (formats.py: where they stand in the messages; pictures.py: where they lie). Those in the
+rows themselves go to the spool while the file is read, so rows in memory hold references only.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import glob
-import gzip
 import hashlib
-import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 from anabranch.artifacts import canonical, digest, file_digest
+from anabranch.containers import SUFFIXES as SUFFIXES
+from anabranch.containers import ZIP, members
+from anabranch.containers import read_rows as read_rows
 from anabranch.errors import MixtureError, closest
+from anabranch.formats import COLUMNS as COLUMNS
+from anabranch.formats import IMAGE as IMAGE
+from anabranch.formats import IMAGE_COLUMNS, Malformed, column_images, encodable, to_messages, unusable
+from anabranch.formats import Messages as Messages
+from anabranch.formats import detect_format as detect_format
+from anabranch.images import BadImage
+from anabranch.pictures import Outside, Picture, Pictures, Root, data_uri, root_of
 from anabranch.recipe import Source
 
-Messages = list[dict[str, str]]
 Split = Literal["train", "held_out"]
-# format -> the columns it needs, in the order of detection; `text` is never guessed
-FORMATS = {"messages": ("messages",), "sharegpt": ("conversations",), "alpaca": ("instruction", "output"),
-           "prompt_completion": ("prompt", "completion"), "text": ("text",)}
-COLUMNS = ("prompt", "completion", "instruction", "input", "output", "messages", "conversations", "text")
-ACCEPTED = ("prompt + completion (or response), instruction + output (+ input), messages, conversations; or text "
-            "with `format: text`")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
-         "model": "assistant", "system": "system", "tool": "tool", "function": "tool", "observation": "tool"}
-CONTAINERS = (".json", ".jsonl", ".csv")
-SUFFIXES = (*CONTAINERS, ".parquet", *(c + z for c in CONTAINERS for z in (".gz", ".zst")))
+TEXT_ONLY = ("shows an image, and the base is a language model, which takes text only. Give a vision-language model as "
+             "`model.path`, or rows without images.")
+IMAGE_KEYS = frozenset((*IMAGE_COLUMNS, "bytes", "path", "url", "image_url"))  # of rows and their parts, that hold images
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ class Row:
 
     where: str
     messages: Messages
+    images: tuple[Picture, ...] = ()
 
     @cached_property
     def key(self) -> bytes:
-        """Equal for rows of equal text, 32 bytes."""
-        return hashlib.sha256(canonical([[m["role"], m["content"]] for m in self.messages])).digest()
+        """Equal for rows of equal text and equal images, 32 bytes."""
+        text = canonical([[m["role"], m["content"]] for m in self.messages])
+        return hashlib.sha256(text + b"".join(i.sha256 for i in self.images)).digest()
 
     @property
     def prompt(self) -> str:
@@ -64,6 +67,12 @@ class Row:
             asked = asked or message["role"] == "user"
             parts.append(message["content"])
         return "\n".join(parts)
+
+    @property
+    def prompt_key(self) -> bytes:
+        """Equal for rows that ask the same: equal prompts, over equal images. 32 bytes."""
+        shown = self.images[: self.prompt.count(IMAGE)]
+        return hashlib.sha256(self.prompt.encode() + b"".join(i.sha256 for i in shown)).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +114,13 @@ class Located:
         if self.dataset is None:
             return digest([[label, file_digest(path)] for label, path in self.files])
         whole = hashlib.sha256()
-        for row in self.dataset:
-            whole.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+        for row in _plain_rows(self.dataset):
+            whole.update(json.dumps(row, sort_keys=True, default=_hashable).encode() + b"\n")
         return whole.hexdigest()
+
+
+def _hashable(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
 
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
@@ -139,10 +152,10 @@ def locate(path: str, source: Source, split: str, folder: Path) -> Located:
         return Located([], load_hub(path, source, split), path.rsplit("/", 1)[-1])
     else:
         raise MixtureError(f"{path}: no such file or folder.{_near(folder / here)}")
-    unknown = [p.name for p in found if not p.name.endswith(SUFFIXES)]
+    unknown = [p.name for p in found if not p.name.endswith((*SUFFIXES, ZIP))]
     if unknown:
         raise MixtureError(f"{path}: {', '.join(unknown[:5])}: not a kind of file that is read here. Wanted one of "
-                           f"{' '.join(SUFFIXES)}.")
+                           f"{' '.join(SUFFIXES)} {ZIP}.")
     return Located([(label_of(p, folder), p) for p in found])
 
 
@@ -152,7 +165,7 @@ def label_of(path: Path | str, folder: Path) -> str:
 
 
 def is_hub_id(path: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)) and not path.endswith(SUFFIXES)
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path)) and not path.endswith((*SUFFIXES, ZIP))
 
 
 def load_hub(path: str, source: Source, split: str) -> Any:
@@ -180,237 +193,11 @@ def _near(path: Path) -> str:
     return f" {folder} holds {', '.join(near)}{more}." if near else f" {folder} is empty."
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, row) of a file: lines of JSONL, elements of JSON, records of CSV below the header, Parquet rows.
-
-    Raises:
-        MixtureError: with the file, and the line where there is one.
-    """
-    import zstandard
-
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    try:
-        if name.endswith(".parquet"):
-            yield from _parquet(path)
-            return
-        with open(path, "rb") as raw, _decompressed(raw, path.name) as stream:
-            text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="" if name.endswith(".csv") else None)
-            if name.endswith(".csv"):
-                yield from _csv(text, path)
-            elif name.endswith(".jsonl"):
-                yield from _jsonl(text, path)
-            else:
-                yield from _json(text, path)
-    except UnicodeDecodeError as error:
-        raise MixtureError(f"{path}: not UTF-8 text ({error.reason}). Convert it, then run again.") from error
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError, csv.Error) as error:
-        raise MixtureError(f"{path}: damaged or cut short ({error}). Fetch it again.") from error
-    except OSError as error:
-        raise MixtureError(f"{path}: cannot be read ({error.strerror or error}).") from error
-
-
-def _decompressed(raw: IO[bytes], name: str) -> IO[bytes]:
-    if name.endswith(".gz"):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    return _unzstd(raw.read()) if name.endswith(".zst") else raw
-
-
-def _unzstd(data: bytes) -> io.BytesIO:
-    """All frames of a .zst file. zstandard's stream reader would take a file cut short for a shorter one."""
-    import zstandard
-
-    out = io.BytesIO()
-    while data:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        out.write(frame.decompress(data))
-        if not frame.eof:
-            raise zstandard.ZstdError("it ends inside a frame")
-        data = frame.unused_data
-    out.seek(0)
-    return out
-
-
-def _jsonl(text: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise MixtureError(f"{path}, line {number}: not JSON ({error}). Mend the line or take it out.") from error
-        yield number, _object(value, f"{path}, line {number}")
-
-
-def _json(text: io.TextIOWrapper, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        value = json.loads(text.read())
-    except json.JSONDecodeError as error:
-        hint = " One object per line? Then name it .jsonl." if error.msg == "Extra data" else ""
-        where = f"{path}, line {error.lineno}"
-        raise MixtureError(f"{where}: not JSON ({error.msg}, column {error.colno}).{hint}") from error
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
-        value = value["data"]
-    if not isinstance(value, list):
-        got = f"an object with {', '.join(list(value)[:6])}" if isinstance(value, dict) else type(value).__name__
-        raise MixtureError(f"{path}: holds {got}; wanted a list of rows, or an object with such a list under `data`.")
-    for number, row in enumerate(value, 1):
-        yield number, _object(row, f"{path}, row {number}")
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise MixtureError(f"{where}: holds {type(value).__name__}, wanted an object with named columns.")
-    return value
-
-
-def _csv(text: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters refuses long documents
-    reader = csv.DictReader(text, strict=True)
-    header = list(reader.fieldnames or [])
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise MixtureError(f"{path}: the header names {', '.join(map(repr, twice))} more than once.")
-    for number, row in enumerate(reader, 1):
-        if None in row or any(v is None for v in row.values()):
-            raise MixtureError(f"{path}, line {reader.line_num}: another number of fields than the header's "
-                               f"{len(header)}. Put fields with commas or line breaks in double quotes.")
-        yield number, row
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=4096):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise MixtureError(f"{path}: not a readable Parquet file ({reason}). Fetch it again.") from error
-
-
-# ---- formats ---------------------------------------------------------------------------------------------------------
-
-
-class Malformed(ValueError):
-    """A row that says nothing usable, and why."""
-
-
-def detect_format(columns: set[str], mapped: Mapping[str, str], wanted: str) -> str:
-    """The format of rows with these columns (already under our names).
-
-    Args:
-        mapped: the recipe's `columns`; a format that uses one of them goes first.
-        wanted: the recipe's `format`.
-    Raises:
-        MixtureError: what was found and what would do.
-    """
-    have = columns | ({"completion"} if "response" in columns else set())
-    found = ", ".join(sorted(columns)) or "none"
-    if wanted != "auto":
-        missing = [c for c in FORMATS[wanted] if c not in have]
-        if missing:
-            raise MixtureError(f"format {wanted} needs {' and '.join(f'`{c}`' for c in missing)}; columns found: "
-                               f"{found}. Map under `columns`, as in columns: {{{missing[0]}: its name in the file}}.")
-        return wanted
-    fitting = [f for f, needs in FORMATS.items() if f != "text" and set(needs) <= have]
-    fitting.sort(key=lambda f: not set(mapped) & set(FORMATS[f]))  # stable: else the order of FORMATS
-    if not fitting:
-        raise MixtureError(f"no format fits the columns found: {found}. Accepted: {ACCEPTED}. Name them under "
-                           "`columns`, as in columns: {prompt: question, completion: answer}.")
-    return fitting[0]
-
-
-def to_messages(row: Mapping[str, Any], form: str) -> Messages:
-    """A raw row, its columns under our names, as messages. Raises Malformed."""
-    if form == "text":
-        return [{"role": "text", "content": _string(row.get("text"), "text")}]
-    if form in ("messages", "sharegpt"):
-        return _conversation(row.get(FORMATS[form][0]), FORMATS[form][0])
-    if form == "alpaca":
-        parts = [_string(row.get(c), c) for c in ("instruction", "input")]
-        return [{"role": "user", "content": "\n\n".join(p for p in parts if p)},
-                {"role": "assistant", "content": _string(row.get("output"), "output")}]
-    answer = "completion" if "completion" in row else "response"
-    return _side(row.get("prompt"), "prompt", "user") + _side(row.get(answer), answer, "assistant")
-
-
-def _side(value: Any, column: str, role: str) -> Messages:
-    """A prompt or a completion: text, or messages of its own."""
-    if isinstance(value, list):
-        return _conversation(value, column)
-    return [{"role": role, "content": _string(value, column)}]
-
-
-def _conversation(value: Any, column: str) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise Malformed(f"`{column}` is {'empty' if value in (None, []) else type(value).__name__}, wanted messages")
-    messages = []
-    for number, turn in enumerate(value, 1):
-        if not isinstance(turn, dict):
-            raise Malformed(f"message {number} is {type(turn).__name__}, wanted an object")
-        role = turn["role"] if turn.get("role") is not None else turn.get("from")
-        if role not in ROLES:
-            raise Malformed(f"message {number} has the role {role!r}; known: {', '.join(ROLES)}")
-        if turn.get("tool_calls"):
-            raise Malformed(f"message {number} has tool_calls, which are not trained on here")
-        content = turn["content"] if turn.get("content") is not None else turn.get("value")
-        messages.append({"role": ROLES[role], "content": _string(_joined(content), f"message {number}")})
-    return messages
-
-
-def _joined(content: Any) -> Any:
-    """Content given in parts, as one text. Raises Malformed on a part that is no text."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise Malformed(f"holds a part that is no text ({str(part)[:60]})")
-    return "".join(part["text"] for part in content)
-
-
-def _string(value: Any, column: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise Malformed(f"`{column}` is {type(value).__name__}, wanted text")
-    if not _encodable(value):
-        raise Malformed(f"`{column}` holds half a surrogate pair, which is no text")
-    return value
-
-
-def _encodable(text: str) -> bool:
-    """JSON may spell lone surrogates, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def unusable(messages: Messages) -> tuple[str, str] | None:
-    """(rule, why) of a row that has nothing to learn from, or None. Spaces alone are nothing."""
-    if messages[0]["role"] == "text":
-        return None if messages[0]["content"].strip() else ("empty_response", "the text is empty")
-    if not any(m["role"] == "user" and m["content"].strip() for m in messages):
-        return "empty_prompt", "no user turn says anything"
-    answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
-    if not answers or not all(answers):
-        return "empty_response", "an assistant turn is empty" if answers else "no assistant turn"
-    return None
-
-
 # ---- a source --------------------------------------------------------------------------------------------------------
 
 
 def read_source(located: Located, source: Source, label: str, *, form: str, split_of: Callable[[Row | None], Split],
-                only_unit: str | None = None) -> tuple[dict[str, UnitRows], list[Rejected]]:
+                only_unit: str | None = None, pictures: Pictures | None = None) -> tuple[dict[str, UnitRows], list[Rejected]]:
     """All rows of a source by unit, and those of no unit.
 
     Args:
@@ -418,10 +205,14 @@ def read_source(located: Located, source: Source, label: str, *, form: str, spli
         form: a format, or 'auto'.
         split_of: the side of a row; of a row that says nothing usable (None).
         only_unit: the name for rows of a source that has no other; None: `unit`, or the file's name.
+        pictures: where images are kept and looked up; None: the base is a language model, and rows may show none.
     Raises:
-        MixtureError: every file that cannot be read; columns that fit no format.
+        MixtureError: every file that cannot be read; columns that fit no format; images outside of the image root; images
+            for a language model.
     """
-    raw = _raw_rows(located, source.unit or only_unit)
+    files = _rows_files(located)
+    finders = {f.label: _Finder(pictures, _root(source, f)) for f in files} if pictures is not None else {}
+    raw = _raw_rows(located, files, source, source.unit or only_unit, pictures)
     forms = _forms(raw, source, label, form)
     units: dict[str, UnitRows] = {}
     stray: list[Rejected] = []
@@ -429,7 +220,7 @@ def read_source(located: Located, source: Source, label: str, *, form: str, spli
         if source.unit_column is not None:
             value = row.get(source.unit_column)
             named = isinstance(value, (str, int)) and not isinstance(value, bool)
-            if not (named and str(value).strip() and _encodable(str(value))):
+            if not (named and str(value).strip() and encodable(str(value))):
                 why = f"`{source.unit_column}` names no unit ({value!r})"
                 stray.append(Rejected(split_of(None), "malformed", where, why))
                 continue
@@ -438,10 +229,57 @@ def read_source(located: Located, source: Source, label: str, *, form: str, spli
         unit = units.setdefault(name, UnitRows(name, label, found, source))
         if found not in unit.format.split("+"):
             unit.format += f"+{found}"
-        # a mapped column takes its name from a column of the file that has it by chance
-        mapped = row | {ours: row.get(theirs) for ours, theirs in source.columns.items()}
-        _place(unit, found, where, mapped, split_of)
+        _place(unit, found, where, _mapped(row, source), split_of, finders.get(_file(where)))
+    outside = [name for finder in finders.values() for name in finder.outside]
+    if outside:
+        roots = sorted({finder.root.shown for finder in finders.values() if finder.outside and finder.root})
+        rows = "1 row names an image" if len(outside) == 1 else f"{len(outside):,} rows name images"
+        raise MixtureError(f"{label}: {rows} outside of {', '.join(roots[:3])}: {'; '.join(outside[:3])}"
+                           f"{'; ..' if len(outside) > 3 else ''}. Paths in rows may not leave the folder (or zip) that they "
+                           "start from, nor may links in it. Set the source's `images` to the folder that holds them all, or "
+                           "copy them.")
     return units, stray
+
+
+def _mapped(row: dict[str, Any], source: Source) -> dict[str, Any]:
+    """The row under our names: a mapped column takes its name from a column of the file that has it by chance, and one of
+    images makes the file's other column of images another's business."""
+    ours = set(source.columns) & set(IMAGE_COLUMNS)
+    own = {k: v for k, v in row.items() if k not in IMAGE_COLUMNS} if ours else row
+    return own | {ours: row.get(theirs) for ours, theirs in source.columns.items()}
+
+
+@dataclass
+class _Finder:
+    """Looks up the images of one file's rows. `root`: where paths start (None: a Hub dataset, which brings no files)."""
+
+    pictures: Pictures
+    root: Root | None
+    outside: list[str] = field(default_factory=list)
+
+    def picture(self, image: Any) -> Picture:
+        """Raises Malformed, BadImage, Outside."""
+        if isinstance(image, Picture):
+            return image
+        if isinstance(image, dict):
+            given = image.get("bytes") or image.get("path") or image.get("url") or image.get("image")
+            return self.picture("" if isinstance(given, dict) else given)
+        if not isinstance(image, str) or not image:
+            raise Malformed(f"an image is {type(image).__name__}, wanted a path, bytes, {{bytes, path}} or a data URI")
+        if self.root is None and not image.startswith("data:"):
+            raise BadImage("missing_image", f"a path in a Hub dataset, {image[:100]!r}: set the source's `images`")
+        return self.pictures.find(image, self.root or Root())
+
+
+def _root(source: Source, file: _RowsFile) -> Root | None:
+    """Where image paths of a file start: what the source says, else the folder of the file (in a zip: in the zip)."""
+    if source.images is not None:
+        return root_of(Path(source.images))
+    if file.path is None:
+        return None
+    if file.member:
+        return Root(archive=str(file.path), inside=os.path.dirname(file.member))
+    return Root(folder=os.path.realpath(file.path.parent))
 
 
 def _file(where: str) -> str:
@@ -469,11 +307,22 @@ def _forms(raw: list[tuple[str, str, dict[str, Any]]], source: Source, label: st
     return forms
 
 
-def _place(unit: UnitRows, form: str, where: str, raw: Mapping[str, Any], split_of: Callable[[Row | None], Split]) -> None:
+def _place(unit: UnitRows, form: str, where: str, raw: Mapping[str, Any], split_of: Callable[[Row | None], Split],
+           finder: _Finder | None) -> None:
     try:
-        row = Row(where, to_messages(raw, form))
+        messages, images = to_messages(raw, form, images=finder is not None)
+        if images and finder is None:
+            raise MixtureError(f"{where}: {TEXT_ONLY}")
+        row = Row(where, messages, tuple(finder.picture(image) for image in images) if finder else ())
     except Malformed as error:
         unit.rejected.append(Rejected(split_of(None), "malformed", where, str(error)))
+        return
+    except BadImage as error:
+        unit.rejected.append(Rejected(split_of(None), error.rule, where, error.why))
+        return
+    except Outside as error:
+        assert finder is not None  # it is the finder's
+        finder.outside.append(f"{where}: {str(error)[:120]}")
         return
     side, problem = split_of(row), unusable(row.messages)
     if problem:
@@ -482,23 +331,92 @@ def _place(unit: UnitRows, form: str, where: str, raw: Mapping[str, Any], split_
         unit.side(side).append(row)
 
 
-def _raw_rows(located: Located, unit: str | None) -> list[tuple[str, str, dict[str, Any]]]:
-    """(where, unit name, raw row) of all files. Raises MixtureError with every file that cannot be read."""
+@dataclass(frozen=True, slots=True)
+class _RowsFile:
+    """A file of rows by the name that messages use; `member` of the zip `path`, or the file itself. No path: a Hub dataset."""
+
+    label: str
+    path: Path | None
+    member: str = ""
+
+
+def _rows_files(located: Located) -> list[_RowsFile]:
+    """Raises MixtureError with every zip that has none."""
     if located.dataset is not None:
-        return [(f"{located.name}:{i}", unit or located.name, row) for i, row in enumerate(located.dataset, 1)]
-    names = [unit] * len(located.files) if unit else unit_names([p for _, p in located.files])
-    raw, problems = [], []
-    for (label, path), name in zip(located.files, names, strict=True):
+        return [_RowsFile(located.name, None)]
+    files, problems = [], []
+    for label, path in located.files:
         try:
-            rows = [(f"{label}:{number}", name, row) for number, row in read_rows(path)]
+            inside = members(path) if path.name.endswith(ZIP) else [""]
+            files += [_RowsFile(f"{label}!{m}" if m else label, path, m) for m in inside]
+        except MixtureError as error:
+            problems.append(str(error))
+    if problems:
+        raise MixtureError("\n  - ".join(problems))
+    return files
+
+
+def _raw_rows(located: Located, files: list[_RowsFile], source: Source, unit: str | None,
+              pictures: Pictures | None) -> list[tuple[str, str, dict[str, Any]]]:
+    """(where, unit name, raw row) of all files. Raises MixtureError with every file that cannot be read."""
+    images = {source.columns.get(name, name) for name in IMAGE_COLUMNS}
+    if located.dataset is not None:
+        return [(f"{located.name}:{i}", unit or located.name, _light(row, images, f"{located.name}:{i}", pictures))
+                for i, row in enumerate(_plain_rows(located.dataset), 1)]
+    paths = [(f, f.path) for f in files if f.path is not None]
+    zips = Counter(path for _, path in paths)
+    names = [unit] * len(paths) if unit else unit_names([Path(f.member) if zips[path] > 1 else path for f, path in paths])
+    raw, problems = [], []
+    for (file, path), name in zip(paths, names, strict=True):
+        try:
+            rows = [(where, name, _light(row, images, where, pictures)) for number, row in read_rows(path, file.member)
+                    for where in [f"{file.label}:{number}"]]
             raw += rows
             if not rows:
-                problems.append(f"{label}: no row in it. Take the file out of the source, or fill it.")
+                problems.append(f"{file.label}: no row in it. Take the file out of the source, or fill it.")
         except MixtureError as error:
             problems.append(str(error))
     if problems:
         raise MixtureError("\n  - ".join(problems))
     return raw
+
+
+def _plain_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a Hub dataset; images as they are stored, not decoded."""
+    if "Image(" not in str(getattr(dataset, "features", "")):
+        yield from dataset
+        return
+    for table in dataset.with_format("arrow").iter(batch_size=32):
+        yield from table.to_pylist()
+
+
+def _light(row: dict[str, Any], images: set[str], where: str, pictures: Pictures | None) -> dict[str, Any]:
+    """The row with its embedded images in the spool. Raises MixtureError on an image for a language model."""
+    if pictures is None:
+        if any(row.get(name) not in (None, "", []) for name in images):
+            _refuse_unless_empty(row, where)
+        return row
+    return {key: _spooled(value, key in images, pictures) for key, value in row.items()}
+
+
+def _refuse_unless_empty(row: dict[str, Any], where: str) -> None:
+    try:
+        shown = bool(column_images(row))
+    except Malformed:
+        shown = True
+    if shown:
+        raise MixtureError(f"{where}: {TEXT_ONLY}")
+
+
+def _spooled(value: Any, of_image: bool, pictures: Pictures) -> Any:
+    if isinstance(value, list):
+        return [_spooled(v, of_image, pictures) for v in value]
+    if isinstance(value, dict):
+        return {k: _spooled(v, of_image or k in IMAGE_KEYS, pictures) for k, v in value.items()}
+    if not of_image or not isinstance(value, (bytes, str)):
+        return value
+    data = value if isinstance(value, bytes) else data_uri(value)
+    return value if data is None else pictures.keep(data)
 
 
 def unit_names(paths: list[Path]) -> list[str]:

@@ -8,6 +8,10 @@ Response spans come from the template's {% generation %} markers. A template wit
 each assistant turn: what the turn adds behind the generation prompt, up to its end-of-turn token, is the response.
 A token that holds any character of a response is a target, as in transformers: a template that ends its prompt in a space
 has that space in the response's first token, and without it the loss would miss the first word.
+
+An image stands in a message as one character, IMAGE. A vision-language model's template is given content in parts (image,
+text), any other its placeholder in the text; then what the processor makes of each image takes the placeholder's place,
+and only then is anything tokenised.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ import numpy as np
 
 from anabranch.artifacts import digest
 from anabranch.errors import MixtureError
-from anabranch.sources import Messages
+from anabranch.sources import IMAGE, Messages
+from anabranch.vision import Vision
 
 PLAIN = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
          "{% endgeneration %}{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}")
@@ -42,6 +47,8 @@ class Template:
     text: str
     marked: bool
     stops: tuple[str, ...]
+    placeholder: str = ""
+    parts: bool = False
 
     @property
     def hash(self) -> str:
@@ -50,17 +57,20 @@ class Template:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as tokens: `input_ids` int32 [n], `response` uint8 [n], 1 where token i is a target."""
+    """One row as tokens: `input_ids` int32 [n], `response` uint8 [n], 1 where token i is a target; `shown`: the tokens (from,
+    to) of each image, none of them a target."""
 
     input_ids: np.ndarray
     response: np.ndarray
+    shown: tuple[Span, ...] = ()
 
 
-def choose_template(setting: str, tokenizer: Any) -> Template:
+def choose_template(setting: str, tokenizer: Any, vision: Vision | None = None) -> Template:
     """The template of a recipe.
 
     Args:
         setting: 'auto' (the tokenizer's, or plain where it has none), 'tokenizer', 'plain', or a .jinja file.
+        vision: of a vision-language model, whose processor's template goes first.
     Raises:
         MixtureError: no such template, one that does not parse, or a tokenizer that cannot tell where its tokens stand.
     """
@@ -70,29 +80,59 @@ def choose_template(setting: str, tokenizer: Any) -> Template:
         raise MixtureError(f"tokenizer {type(tokenizer).__name__}: not a fast one (tokenizer.json), so the place of "
                            "its tokens in the text is unknown and responses cannot be told from prompts. Convert it "
                            "first.")
-    own = tokenizer.chat_template
+    own = vision.chat_template if vision else tokenizer.chat_template
     if setting == "plain" or (setting == "auto" and not own):
         if not tokenizer.eos_token:
             raise MixtureError("chat_template plain: the tokenizer has no end-of-sequence token, so a model could "
                                "never learn to stop. Set `eos_token` in its tokenizer_config.json, or give a .jinja "
                                "file.")
-        return Template("plain", bos_prefix(tokenizer) + PLAIN, True, (tokenizer.eos_token,))
+        return Template("plain", bos_prefix(tokenizer) + PLAIN, True, (tokenizer.eos_token,), _placeholder(vision))
     if setting in ("auto", "tokenizer"):
         if not own:
             raise MixtureError("mixture.chat_template: the tokenizer has no chat template. Use `plain`, or a .jinja "
                                "file.")
         kind: Literal["tokenizer", "custom"] = "tokenizer"
-        text = tokenizer.get_chat_template()
+        text = own if isinstance(own, str) else tokenizer.get_chat_template()
     else:
         kind, text = "custom", _read(setting)
     if "strftime_now" in text:
         text = NO_CLOCK + text
     stops = tuple(sorted(t for t in tokenizer.added_tokens_encoder if not t.isspace()))
     try:
-        marked = _marks(text, tokenizer)
+        parts = vision is not None and _takes_parts(text, tokenizer, vision.placeholder)
+        marked = _marks(text, tokenizer, parts)
     except jinja2.TemplateSyntaxError as error:
         raise MixtureError(f"chat template ({setting}): line {error.lineno}: {error.message}.") from error
-    return Template(kind, text, marked, stops)
+    return Template(kind, text, marked, stops, _placeholder(vision), parts)
+
+
+def _placeholder(vision: Vision | None) -> str:
+    return vision.placeholder if vision else ""
+
+
+def _takes_parts(text: str, tokenizer: Any, placeholder: str) -> bool:
+    """Whether a template writes the placeholder for an image, and the text beside it."""
+    import jinja2
+
+    smallest = [{"role": "user", "content": IMAGE + "seen"}, {"role": "assistant", "content": "said"}]
+    try:
+        rendered, _ = _jinja(text, tokenizer, _in_parts(smallest))
+    except jinja2.TemplateSyntaxError:
+        raise
+    except (jinja2.TemplateError, TypeError, KeyError):  # it wants strings
+        return False
+    return rendered.count(placeholder) == 1 and "seen" in rendered and "said" in rendered and "'type'" not in rendered
+
+
+def _in_parts(messages: Messages) -> list[dict[str, Any]]:
+    """Content as lists of parts, which vision-language templates take of every role."""
+    out = []
+    for message in messages:
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(message["content"].split(IMAGE)):
+            parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": text}] * bool(text)
+        out.append({**message, "content": parts})
+    return out
 
 
 def _read(setting: str) -> str:
@@ -104,7 +144,7 @@ def _read(setting: str) -> str:
         raise MixtureError(f"mixture.chat_template: {setting} cannot be read ({error}).") from error
 
 
-def _marks(text: str, tokenizer: Any) -> bool:
+def _marks(text: str, tokenizer: Any, parts: bool) -> bool:
     """Whether a smallest conversation gets a response span: markers that mark nothing are no markers."""
     import jinja2
 
@@ -112,7 +152,7 @@ def _marks(text: str, tokenizer: Any) -> bool:
 
     try:
         smallest = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        rendered, spans = _jinja(text, tokenizer, smallest, tracked=has)
+        rendered, spans = _jinja(text, tokenizer, _in_parts(smallest) if parts else smallest, tracked=has)
     except jinja2.TemplateSyntaxError:
         raise
     except (jinja2.TemplateError, TypeError, KeyError):
@@ -136,7 +176,7 @@ def bos_prefix(tokenizer: Any) -> str:
 # ---- text and spans --------------------------------------------------------------------------------------------------
 
 
-def _jinja(text: str, tokenizer: Any, messages: Messages, *, tracked: bool = False,
+def _jinja(text: str, tokenizer: Any, messages: Sequence[dict[str, Any]], *, tracked: bool = False,
            prompt: bool = False) -> tuple[str, list[Span]]:
     """transformers' own renderer (sandboxed, compiled once per template)."""
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -155,11 +195,14 @@ def render(template: Template, tokenizer: Any, messages: Messages) -> tuple[str,
     """
     import jinja2
 
+    written = _in_parts(messages) if template.parts else [
+        {**m, "content": m["content"].replace(IMAGE, template.placeholder)} for m in messages]
     try:
-        text, spans = (_jinja(template.text, tokenizer, messages, tracked=True) if template.marked
-                       else _by_prefix(template, tokenizer, messages))
+        text, spans = (_jinja(template.text, tokenizer, written, tracked=True) if template.marked
+                       else _by_prefix(template, tokenizer, written))
     except (jinja2.TemplateError, TypeError, KeyError) as error:
         return f"the chat template refuses it: {str(error)[:120]}"
+    spans = [(a, b + _end_behind(text, a, b, template.stops)) for a, b in spans]
     if not spans or not all(text[a:b].rstrip().endswith(template.stops) for a, b in spans):
         tail = text[spans[-1][0]:][-60:] if spans else text[-60:]
         remedy = ("put {% endgeneration %} behind the end-of-turn token" if template.marked
@@ -170,7 +213,14 @@ def render(template: Template, tokenizer: Any, messages: Messages) -> tuple[str,
     return text, spans
 
 
-def _by_prefix(template: Template, tokenizer: Any, messages: Messages) -> tuple[str, list[Span]]:
+def _end_behind(text: str, start: int, stop: int, stops: tuple[str, ...]) -> int:
+    """Characters of the end-of-turn token right behind a response whose markers leave it out (LLaVA's published templates)."""
+    if text[start:stop].rstrip().endswith(stops):
+        return 0
+    return next((len(end) for end in sorted(stops, key=len, reverse=True) if text.startswith(end, stop)), 0)
+
+
+def _by_prefix(template: Template, tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[str, list[Span]]:
     """Spans by rendering the conversation up to each assistant turn. Raises MixtureError."""
     full, _ = _jinja(template.text, tokenizer, messages)
     spans = []
@@ -192,35 +242,65 @@ def _by_prefix(template: Template, tokenizer: Any, messages: Messages) -> tuple[
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def encode_rows(template: Template, tokenizer: Any, rows: Sequence[Messages]) -> list[Encoded | str]:
-    """Each conversation or text as tokens, or why the template refuses it.
+def encode_rows(template: Template, tokenizer: Any, rows: Sequence[Messages],
+                shown: Sequence[Sequence[str]] | None = None) -> list[Encoded | str]:
+    """Each conversation or text as tokens, or why it cannot be: the template refuses it, or it writes what stands for images.
 
     Text rows (one message of role 'text') take no template: every token but the first is a target.
 
+    Args:
+        shown: what each image of each row becomes (`Vision.text_of`), as many as the row has IMAGE characters; None: no row
+            has any.
     Raises:
         MixtureError: as `render`; a doubled beginning-of-sequence token.
     """
     out: list[Encoded | str] = []
-    texts, spans_of, places = [], [], []
+    texts, spans_of, images_of, places = [], [], [], []
     start = bos_prefix(tokenizer)
     for place, messages in enumerate(rows):
+        if template.placeholder and any(template.placeholder in m["content"] for m in messages):
+            out.append(f"its text holds {template.placeholder}, which stands for an image in this model")
+            continue
         if messages[0]["role"] == "text":
             rendered: tuple[str, list[Span] | None] | str = start + messages[0]["content"], None
         else:
             rendered = render(template, tokenizer, messages)
-        out.append(rendered if isinstance(rendered, str) else "")
-        if not isinstance(rendered, str):
-            texts.append(rendered[0])
-            spans_of.append(rendered[1])
+        whole = rendered if isinstance(rendered, str) else _with_images(template, *rendered, shown[place] if shown else [])
+        out.append(whole if isinstance(whole, str) else "")
+        if not isinstance(whole, str):
+            texts.append(whole[0])
+            spans_of.append(whole[1])
+            images_of.append(whole[2])
             places.append(place)
     if texts:
         encodings = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
-        for place, spans, encoding in zip(places, spans_of, encodings, strict=True):
-            out[place] = _encoded(encoding, spans, tokenizer)
+        for place, spans, images, encoding in zip(places, spans_of, images_of, encodings, strict=True):
+            out[place] = _encoded(encoding, spans, images, tokenizer)
     return out
 
 
-def _encoded(encoding: Any, spans: list[Span] | None, tokenizer: Any) -> Encoded:
+def _with_images(template: Template, text: str, spans: list[Span] | None,
+                 shown: Sequence[str]) -> tuple[str, list[Span] | None, list[Span]] | str:
+    """(text, response spans, image spans) once each placeholder is what its image becomes; or why that cannot be."""
+    pieces = text.split(template.placeholder) if template.placeholder else [text]
+    if len(pieces) - 1 != len(shown):
+        return f"the chat template writes {len(pieces) - 1} of its {len(shown)} images"
+    if not shown:
+        return text, spans, []
+    grown, images, moves, at = pieces[0], [], [], len(pieces[0])
+    for piece, image in zip(pieces[1:], shown, strict=True):
+        images.append((len(grown), len(grown) + len(image)))
+        moves.append((at, len(image) - len(template.placeholder)))
+        at += len(template.placeholder) + len(piece)
+        grown += image + piece
+
+    def moved(place: int) -> int:
+        return place + sum(by for where, by in moves if where < place)
+
+    return grown, [(moved(a), moved(b)) for a, b in spans] if spans is not None else None, images
+
+
+def _encoded(encoding: Any, spans: list[Span] | None, images: list[Span], tokenizer: Any) -> Encoded:
     ids = np.array(encoding.ids, dtype=np.int32)
     if tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         raise MixtureError(f"a row begins with {tokenizer.bos_token} twice ({tokenizer.decode(ids[:20].tolist())!r}): "
@@ -232,4 +312,9 @@ def _encoded(encoding: Any, spans: list[Span] | None, tokenizer: Any) -> Encoded
     offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     for a, b in spans:
         mask[(offsets[:, 1] > a) & (offsets[:, 0] < b)] = 1
-    return Encoded(ids, mask)
+    shown = []
+    for a, b in images:
+        held = np.flatnonzero((offsets[:, 1] > a) & (offsets[:, 0] < b))
+        mask[held] = 0
+        shown.append((int(held[0]), int(held[-1]) + 1))
+    return Encoded(ids, mask, tuple(shown))

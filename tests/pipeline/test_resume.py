@@ -196,7 +196,7 @@ def test_there_is_a_whole_checkpoint_at_every_moment(run, tmp_path, monkeypatch)
     def look(name: str) -> None:
         seen.append((name, newest_checkpoint(tmp_path / "checkpoints")))
 
-    for module, name in ((branches, "mark_complete"), (branches, "keep_newest"), (shutil, "rmtree"), (branches, "save_tree"),
+    for module, name in ((branches, "mark_complete"), (branches, "keep_newest"), (shutil, "rmtree"), (checkpoints, "save_tree"),
                          (os, "replace")):
         original = getattr(module, name)
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from anabranch.artifacts import write_atomically
@@ -88,7 +88,7 @@ def make_demo(folder: Path, *, seed: int = 0, progress: Callable[[str, int, int]
     Raises:
         OutputError: `folder` cannot be written, or holds another demo or files that are not a demo's.
     """
-    _claim(folder, {"seed": seed, "base_steps": base_steps})
+    claim(folder, {"seed": seed, "base_steps": base_steps}, PARTS)
     files = _rows_by_file(seed)
     for i, (name, rows) in enumerate(files.items()):
         if not (folder / name).exists():
@@ -123,7 +123,7 @@ def _rows_by_file(seed: int) -> dict[str, list[Row]]:
     return files | {"retention.jsonl": [{"text": text} for text in stories(seed, "retention", RETENTION_ROWS)]}
 
 
-def _claim(folder: Path, wanted: dict[str, int | None]) -> None:
+def claim(folder: Path, wanted: dict[str, int | None], parts: Sequence[str]) -> None:
     """Mark the folder as this demo's, or refuse it: parts of two demos must not mix."""
     mark = folder / MARK
     if mark.exists():
@@ -132,7 +132,7 @@ def _claim(folder: Path, wanted: dict[str, int | None]) -> None:
             raise OutputError(f"{folder}: holds a demo made with {found.strip()}, wanted {json.dumps(wanted)}. "
                               "Give another folder, or delete this one.")
         return
-    if there := [name for name in PARTS if (folder / name).exists()]:
+    if there := [name for name in parts if (folder / name).exists()]:
         raise OutputError(f"{folder}: has {', '.join(there)} already, and no {MARK}, so it is not a demo's folder. "
                           "Give an empty or new one.")
     write_atomically(mark, (json.dumps(wanted) + "\n").encode())

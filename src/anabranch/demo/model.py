@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -58,17 +59,24 @@ class Sample:
     start: int
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of VOCABULARY entries; digits stand alone. Same texts, same tokenizer."""
+AnySample = TypeVar("AnySample", bound=Sample)
+
+def train_tokenizer(texts: list[str], *, template: str = TEMPLATE, special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of VOCABULARY entries; digits stand alone. Same texts, same tokenizer.
+
+    Args:
+        template: the chat template.
+        special: tokens beside the roles' that text never holds.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[PAD, EOS, *ROLES], show_progress=False,
+        vocab_size=VOCABULARY, special_tokens=[PAD, EOS, *ROLES, *special], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, chat_template=TEMPLATE,
-                                   additional_special_tokens=ROLES, model_max_length=256)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, chat_template=template,
+                                   additional_special_tokens=[*ROLES, *special], model_max_length=256)
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
@@ -118,7 +126,7 @@ def _samples(tokenizer: PreTrainedTokenizerFast, rows: list[tasks.Row]) -> list[
     return [Sample(head + tail, len(head)) for head, tail in zip(heads, tails, strict=True)]
 
 
-def _batches(samples: list[Sample], rng: np.random.Generator) -> Iterator[list[Sample]]:
+def batched(samples: list[AnySample], rng: np.random.Generator) -> Iterator[list[AnySample]]:
     """Every sample once, in batches of similar length."""
     for start in range(0, len(samples), BATCH * POOL):
         pool = sorted(samples[start: start + BATCH * POOL], key=lambda s: len(s.tokens))
@@ -140,10 +148,10 @@ def _loss(model: Qwen2ForCausalLM, batch: list[Sample]) -> torch.Tensor:
     return F.cross_entropy(logits, ids[:, 1:][counts[:, 1:]])
 
 
-def _rate(step: int, steps: int) -> float:
-    """Warm-up over 5 % of the steps, then a cosine to nothing; in (0, PEAK_RATE]."""
+def warmed(step: int, steps: int) -> float:
+    """Share of the peak learning rate: warm-up over 5 % of the steps, then a cosine to nothing; in (0, 1]."""
     warmup = max(1, steps // 20)
-    return PEAK_RATE * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def _curriculum(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, taken: set[str],
@@ -161,7 +169,7 @@ def _curriculum(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, taken
     begin = text[:told] + text[told + later - answered:]
     rest = _samples(tokenizer, instruction_rows(seed, answered, taken)) + text[told: told + later - answered]
     for phase in (begin, rest):
-        yield from _batches([phase[i] for i in rng.permutation(len(phase))], rng)
+        yield from batched([phase[i] for i in rng.permutation(len(phase))], rng)
 
 
 def _step(model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, batch: list[Sample], rate: float) -> None:
@@ -197,7 +205,7 @@ def prepare_base(folder: Path, *, seed: int, taken: set[str], held_out_text: set
     torch.set_num_threads(1)
     try:
         for step, batch in enumerate(_curriculum(tokenizer, seed, steps, taken, stories)):
-            _step(model, optimizer, batch, _rate(step, steps))
+            _step(model, optimizer, batch, PEAK_RATE * warmed(step, steps))
             if progress is not None:
                 progress("base", step + 1, steps)
     finally:

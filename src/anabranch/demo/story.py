@@ -1,21 +1,25 @@
-"""The whole pipeline on the embedded mixture: what `make demo` runs."""
+"""The whole pipeline on an embedded mixture: what `make demo` runs, and what `anabranch demo --vision` does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from anabranch.artifacts import Conflict
-from anabranch.compare import parse_arms, run_comparison
+from anabranch.artifacts import Conflict, write_atomically
+from anabranch.compare import Arm, arm_folder, parse_arms, run_comparison
 from anabranch.demo import CONFLICTING_PAIRS, make_demo
 from anabranch.recipe import load_recipe
 from anabranch.report import comparison_markdown, write_report
-from anabranch.run import open_run, run_stages
+from anabranch.run import Run, open_run, run_stages
 
 ARMS = "base,joint,joint_matched,joint_batch:4,soup:4,random:4,stratified:4,merit:2"
+PICTURE_ARMS = "base,joint,joint_matched,random:4,merit:2"
+PICTURE_DIAGNOSTICS = ["displacement", "lmc"]
+MINUTES = 1.0  # for them
 Progress = Callable[[str, str, int, int], None]
 
 
@@ -36,6 +40,58 @@ def tell_story(folder: Path, *, seeds: int, tell: Callable[[str], None], progres
     return page
 
 
+def tell_picture_story(folder: Path, *, seeds: int, tell: Callable[[str], None], progress: Progress,
+                       base_steps: int | None = None, arms: str = PICTURE_ARMS) -> Path:
+    """The same of pictures, then diagnostics and a sheet of pictures with the models' answers. Resumable; returns the page.
+
+    Args:
+        base_steps: as make_picture_demo.
+        arms: of the comparison; `joint` must be one, as the sheet has its answers.
+    """
+    from anabranch.demo import vision
+    from anabranch.diagnose.run import run_diagnostics, subject_of_run
+    from anabranch.diagnose.subject import Settings
+
+    tell("1. A mixture of questions about pictures, some of which want opposite answers, and a tiny vision-language base.")
+    recipe_path = vision.make_picture_demo(folder, progress=lambda *a: progress("demo", *a), base_steps=base_steps)
+    tell(f"   {recipe_path}: the recipe. The rest is what `anabranch run`, `compare` and `diagnose` do with it.\n")
+    tell("2. Measure the conflict, split, train the language model's branches, merge once, evaluate.")
+    run = open_run(load_recipe(recipe_path), tell=lambda text: tell(f"   {text}"), progress=progress)
+    run_stages(run)
+    tell("   " + planted_line(run.folder, vision.CONFLICTING_PAIRS))
+    tell("   " + fiercest_line(run.folder, vision.CONFLICTING_PAIRS) + "\n")
+    tell("3. Did it pay? Every arm on the same tokens.\n")
+    comparison = run_comparison(run, parse_arms(arms), range(seeds))
+    tell(comparison_markdown(comparison))
+    tell("\n4. Is the merge sound?\n")
+    settings = Settings()
+    run_diagnostics(subject_of_run(run, settings), run.folder / "diagnostics", settings, only=PICTURE_DIAGNOSTICS,
+                    minutes=MINUTES, tell=tell, progress=progress)
+    tell("\n5. Look at it.\n")
+    sheet = _show(run, folder, tell)
+    page = write_report(run.folder)
+    tell(f"   Questions, pictures and answers: {sheet}\n   The report, with its pictures: {page}")
+    return page
+
+
+def _show(run: Run, folder: Path, tell: Callable[[str], None]) -> Path:
+    """Make the sheet, and say in words what it shows; returns its path."""
+    from anabranch.demo.sheet import answered, draw_sheet, losses_by_sight, questions, right_answers
+
+    joint = arm_folder(run, Arm("joint", "joint"), 0) / "merged"
+    models = {"base": run.base, "joint": joint, "merged": run.folder / "merged"}
+    asked = answered(questions(run.recipe.seed), models)
+    path = folder / "pictures.png"
+    write_atomically(path, draw_sheet(asked))
+    for name, model in models.items():
+        own, others = losses_by_sight(run, model)
+        tell(f"   {name}: loss {own:.2f} on held-out rows with their pictures, {others:.2f} with those of other rows: "
+             f"{'it looks' if others > 1.1 * own else 'it hardly looks'}.")
+    told = ", ".join(f"{name} {count}" for name, count in right_answers(asked).items())
+    tell(f"   Of {len(asked)} questions on the sheet, answered to the letter: {told}.")
+    return path
+
+
 def planted_line(run: Path, pairs: Sequence[tuple[str, str]]) -> str:
     """Whether the measured conflict finds the pairs that the generator planted."""
     conflict = Conflict.load(run / "conflict" / "conflict.json")
@@ -46,3 +102,20 @@ def planted_line(run: Path, pairs: Sequence[tuple[str, str]]) -> str:
     lower = float(np.mean([np.mean(p < everything) for p in planted]))
     return (f"Planted conflicts: {len(planted)} pairs, mean cosine {np.mean(planted):.2f} against {everything.mean():.2f} "
             f"over all pairs; a planted pair conflicts more than {lower:.0%} of all pairs.")
+
+
+def fiercest_line(run: Path, pairs: Sequence[tuple[str, str]]) -> str:
+    """The most conflicting pairs, as many as were planted, and how many of them were."""
+    ranked = ranked_pairs(run)[: len(pairs)]
+    planted = {frozenset(pair) for pair in pairs}
+    told = ", ".join(f"{a}/{b} {value:.2f}" for a, b, value in ranked[:3])
+    found = sum(frozenset((a, b)) in planted for a, b, _ in ranked)
+    return f"Of the {len(ranked)} most conflicting pairs {found} were planted; the first: {told}."
+
+
+def ranked_pairs(run: Path) -> list[tuple[str, str, float]]:
+    """Every two units and the cosine of their gradients, the most conflicting first."""
+    conflict = Conflict.load(run / "conflict" / "conflict.json")
+    cosine = load_file(run / "conflict" / "conflict.safetensors")["cosine"]
+    pairs = [(a, b, float(cosine[i, j])) for (i, a), (j, b) in combinations(enumerate(conflict.units), 2)]
+    return sorted(pairs, key=lambda pair: (pair[2], pair[:2]))

@@ -264,8 +264,8 @@ def _single_rows(given: Iterable[Batch]) -> Iterator[Batch]:
     for batch in given:
         for i, row in enumerate(batch.rows):
             width = int(batch.attention_mask[i].sum())
-            whole = (batch.input_ids, batch.attention_mask, batch.response)
-            yield Batch(np.array([row]), *(t[i : i + 1, :width] for t in whole))
+            ids, mask, response = (t[i : i + 1, :width] for t in (batch.input_ids, batch.attention_mask, batch.response))
+            yield Batch(np.array([row]), ids, mask, response, batch.images[i : i + 1])
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 No checkpoint is written for a point between models: the one live model's parameters are replaced in place, tensor by
 tensor, by the merge engine's own maths. Memory: one model in float32, and CHUNK numbers of each model that is mixed
-(`perturbation` holds its noise besides, one model more). Where transformers renames or joins tensors when it loads, as for
-mixtures of experts, every model is held in memory.
+(`perturbation` holds its noise besides, one model more). Where transformers joins tensors when it loads, as for mixtures of
+experts, every model is held in memory.
 
 A pass is one forward pass over one batch; a backward pass counts as two.
 """
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from anabranch.artifacts import Plan, digest
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.errors import ModelError, ShapeMismatch
+from anabranch.families import saved_names
 from anabranch.merge.averaging import linear
 from anabranch.model import Batch, can_select, check_vocabulary, device, load_model, padded, response_losses
 from anabranch.rows import Rows, generator
@@ -102,7 +103,8 @@ def make_probe(name: str, units: Mapping[str, Rows], settings: Settings) -> Prob
     block = generator(settings.seed, "probe blocks", name).permutation(len(rows)) // settings.batch_rows
     by_length = np.argsort(rows.lengths, kind="stable")
     chosen = [by_length[i : i + settings.batch_rows] for i in range(0, len(rows), settings.batch_rows)]
-    content = hashlib.sha256(rows.input_ids.tobytes() + rows.response.tobytes() + rows.offsets.tobytes()).hexdigest()
+    images = rows.hash_of_images() if rows.images is not None else b""
+    content = hashlib.sha256(rows.input_ids.tobytes() + rows.response.tobytes() + rows.offsets.tobytes() + images).hexdigest()
     return Probe(name, tuple(padded(rows, c, device()) for c in chosen), digest([content, settings.batch_rows, settings.seed]),
                  tuple(block[c] for c in chosen))
 
@@ -110,15 +112,23 @@ def make_probe(name: str, units: Mapping[str, Rows], settings: Settings) -> Prob
 class Weights:
     """A model's tensors by the live model's own parameter names, float32, read when asked for.
 
-    Straight from the files where they use those names. Where transformers renames or joins tensors when it loads
-    (mixtures of experts, old prefixes), the model is loaded once and kept in memory: slower, and always right.
+    Straight from the files, under those names or under the ones that transformers gives them there (`model.visual.*` is
+    `visual.*` in files of Qwen2-VL). Where it joins tensors when it loads (mixtures of experts), or the files are older than
+    its names, the model is loaded once and kept in memory: slower, and always right.
+
+    Args:
+        saved: parameter -> its names in files (families.saved_names); {}: the same.
     """
 
-    def __init__(self, label: str, folder: Path, shapes: Mapping[str, torch.Size], *, trust_remote_code: bool = False) -> None:
+    def __init__(self, label: str, folder: Path, shapes: Mapping[str, torch.Size], *,
+                 saved: Mapping[str, tuple[str, ...]] | None = None, trust_remote_code: bool = False) -> None:
         self.label, self.folder = label, folder
         self._files = Checkpoint.open(folder)
         self._loaded: dict[str, Tensor] = {}
-        if strange := sorted({i.dtype for n, i in self._files.tensors.items() if n in shapes} - FLOATS.keys()):
+        self._saved = saved or {}
+        self._names = {n: self._in_files(n) for n in shapes}
+        if strange := sorted({self._files.tensors[f].dtype for f in self._names.values() if f in self._files.tensors}
+                             - FLOATS.keys()):
             raise ModelError(f"{folder}: its weights are stored as {', '.join(strange)}: quantised models have no numbers to "
                              "compare. Give the model as it was before, or dequantised.")
         if not self._is_direct(shapes):
@@ -126,13 +136,19 @@ class Weights:
             self._loaded = {n: p.detach() for n, p in model.named_parameters()}
             self._check(shapes)
 
+    def _in_files(self, name: str) -> str:
+        """What a parameter is called in these files: as in memory, or as transformers saves it."""
+        if name in self._files.tensors:
+            return name
+        return next((n for n in self._saved.get(name, ()) if n in self._files.tensors), name)
+
     def _is_direct(self, shapes: Mapping[str, torch.Size]) -> bool:
-        """Every parameter under its own name, and nothing else, but for an output head that repeats an embedding."""
-        found = self._files.tensors
-        if not all(n in found and found[n].shape == tuple(s) for n, s in shapes.items()):
+        """Every parameter under a name of its own, and nothing else, but for an output head that repeats an embedding."""
+        found, names = self._files.tensors, self._names
+        if not all(names[n] in found and found[names[n]].shape == tuple(s) for n, s in shapes.items()):
             return False
-        others = [n for n in found if n not in shapes and not n.endswith(BUFFERS)]
-        return all(self._files.tied_copy_of(n) for n in others)
+        others = [n for n in found if n not in names.values() and not n.endswith(BUFFERS)]
+        return len(set(names.values())) == len(names) and all(self._files.tied_copy_of(n) for n in others)
 
     @property
     def rounding(self) -> float:
@@ -153,7 +169,7 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """Parameter `name`, in its stored dtype, on the CPU: a view, do not change it."""
-        return self._loaded[name] if self._loaded else self._files.read(name)
+        return self._loaded[name] if self._loaded else self._files.read(self._names[name])
 
 
 @dataclass
@@ -259,10 +275,10 @@ def live_model(folders: Mapping[str, Path], *, trainable: Callable[[Any], Sequen
     _check_configs(folders, trust_remote_code=trust_remote_code)
     model = load_model(folders[BASE], "float32", trust_remote_code=trust_remote_code)
     shapes = {n: p.shape for n, p in model.named_parameters()}
-    weights, problems = {}, []
+    weights, problems, saved = {}, [], saved_names(model)
     for label, folder in folders.items():
         try:
-            weights[label] = Weights(label, folder, shapes, trust_remote_code=trust_remote_code)
+            weights[label] = Weights(label, folder, shapes, saved=saved, trust_remote_code=trust_remote_code)
         except (ModelError, ShapeMismatch) as error:
             problems.append(f"{label}: {error}")
     if problems:
@@ -279,7 +295,7 @@ def _check_configs(folders: Mapping[str, Path], *, trust_remote_code: bool) -> N
             found = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         except Exception as error:  # whatever transformers raises, the file is the cause
             raise ModelError(f"{folder / 'config.json'}: transformers cannot read it ({str(error)[:200]}).") from error
-        return {k: v for k, v in found.to_dict().items() if k not in NEUTRAL}
+        return dict(_telling(found.to_dict()))
 
     base, problems = config_of(folders[BASE]), []
     for label, folder in folders.items():
@@ -289,6 +305,11 @@ def _check_configs(folders: Mapping[str, Path], *, trust_remote_code: bool) -> N
     if problems:
         raise ShapeMismatch.of("config.json: these models do not compute the same function of their weights, so nothing lies "
                                "between them. Give models trained from this base:", problems[:12])
+
+
+def _telling(config: Any) -> Any:
+    """A config without what does not change a forward pass, also of its parts (`text_config`)."""
+    return {k: _telling(v) for k, v in config.items() if k not in NEUTRAL} if isinstance(config, dict) else config
 
 
 def check_finite(live: Live) -> None:

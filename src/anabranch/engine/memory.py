@@ -86,7 +86,7 @@ def kind_of(step: Step) -> maths.BlockKind:
 
 def _bytes_per_entry(step: Step, kind: maths.BlockKind) -> int:
     if not step.merged:
-        return 8 * (1 + len(step.wanted.sources))
+        return (24 if step.wanted.frozen else 8) * (1 + len(step.wanted.sources))  # frozen numbers are widened to compare them
     method, k = maths.method_named(step.wanted.method), len(step.wanted.branches)
     inputs = len(step.wanted.sources) + k * sum(name in method.inputs for name in ("draws", "fisher"))
     each, more = TEMPORARIES[kind]

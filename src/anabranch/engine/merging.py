@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -26,9 +26,19 @@ from anabranch.engine.layout import layout_of, set_dtype
 from anabranch.engine.output import CARD, MANIFEST, Done, OutputFolder, existing_parent, tensor_hash, vouched_for
 from anabranch.engine.plan import DTYPES, OutputPlan, Step, lay_out, line_up, parse_size
 from anabranch.engine.prepare import Options, Prepared, prepare
-from anabranch.engine.stream import Merge, Progress, Settings, check_device, check_input, memory_for, stream
+from anabranch.engine.stream import (
+    Merge,
+    NotFrozen,
+    Progress,
+    Settings,
+    check_device,
+    check_input,
+    memory_for,
+    same_numbers,
+    stream,
+)
 from anabranch.engine.wanted import COPY, Input, Source, Wanted
-from anabranch.errors import AnabranchError, CorruptedError, ModelError, OutputError, RecipeError, closest
+from anabranch.errors import AnabranchError, CorruptedError, ModelError, OutputError, ProvenanceError, RecipeError, closest
 from anabranch.surgery.side_files import carry_tokenizer
 
 
@@ -46,6 +56,7 @@ def merge_checkpoints(
     made_from: dict[str, str],
     labels: Sequence[str] | None = None,
     missing: Sequence[int] = (),
+    frozen: Collection[str] = (),
     settings: Settings | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> MergeManifest:
@@ -68,12 +79,15 @@ def merge_checkpoints(
         made_from: name of an input -> its hash, for the manifest; checking them is the caller's.
         labels: how messages and the manifest call the branches and, last, the base; None: by their paths.
         missing: branches of the plan that are not among `branches`, for the manifest.
+        frozen: tensors that no branch may have trained: carried over from the base whatever the method is, byte for byte
+            (rounded once to `dtype` where that is another), after comparing every branch's numbers with the base's.
         settings: threads, memory, device.
         progress: called again and again with what is done.
     Raises:
         RecipeError: unknown method, parameter, dtype or size; weights that the method refuses; a dtype too narrow.
         ModelError, CorruptedError: an input that is not there or damaged, or that holds a NaN or an infinity.
         ShapeMismatch: inputs whose tensors do not line up, all of them in one message.
+        ProvenanceError: a branch has other numbers than the base in a frozen tensor; all branches and tensors are named.
         OutputError: no space, no permission, `out` holds something else, or another merge is writing it.
     """
     record, out = maths.method_named(method), place_for(out)
@@ -88,13 +102,40 @@ def merge_checkpoints(
     opened = (*(Checkpoint.open(branch) for branch in branches), origin)
     names = line_up(origin, opened[:-1])
     embeddings = {name for name, place in layout_of(origin).places.items() if place.embedding}
-    tensors = [_wanted(record, arguments, weights, origin, name, dtype, name in embeddings) for name in names]
+    still = set(frozen)
+    tensors = [_carried(len(branches), origin, name, dtype) if name in still and origin.tensors[name].dtype in MERGED else
+               _wanted(record, arguments, weights, origin, name, dtype, name in embeddings) for name in names]
     places = [*branches, base]
     inputs = tuple(Input(label, place) for label, place in zip(labels or map(str, places), places, strict=True))
     merge = Merge(inputs, opened, lay_out(tensors, limit, origin.stem), seed)
     folder = OutputFolder(out, merge.plan, carried_files(origin, merge.plan, dtype))
     settings = replace(settings or Settings(threads=min(4, os.cpu_count() or 1)), displacements=True)
-    return write(merge, folder, settings, wanted, progress)
+    try:
+        return write(merge, folder, settings, wanted | ({"report": {"frozen": len(still)}} if still else {}), progress)
+    except NotFrozen as error:
+        raise _not_frozen(origin, opened[:-1], [one.label for one in inputs], sorted(still & set(names))) from error
+
+
+def _carried(k: int, base: Checkpoint, name: str, dtype: str | None) -> Wanted:
+    """A frozen tensor: the base's, compared with all branches'."""
+    info = base.tensors[name]
+    return Wanted(name, info.shape, COPY, tuple(Source(i, name) for i in range(k)), Source(k, name), None, (),
+                  DTYPES[dtype] if dtype else info.dtype)
+
+
+def _not_frozen(base: Checkpoint, branches: Sequence[Checkpoint], labels: Sequence[str],
+                frozen: Sequence[str]) -> AnabranchError:
+    """Names every branch and tensor."""
+    problems = []
+    for label, branch in zip(labels, branches, strict=False):
+        if changed := [name for name in frozen if not same_numbers(base.read(name), branch.read(name))]:
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            problems.append(f"{label} ({branch.folder}): {len(changed)} of {len(frozen)} tensors: "
+                            f"{', '.join(changed[:4])}{more}")
+    return ProvenanceError.of(
+        "these branches were trained where the recipe freezes (`model.freeze`, `model.trainable`): their numbers are not the "
+        "base's:", [*problems, "Train them again (`--from train`), or have the part that changed train: take it out of "
+                               "`model.freeze` in the recipe of a new run."])
 
 
 def merge(
@@ -357,6 +398,9 @@ def write(merge: Merge, folder: OutputFolder, settings: Settings, recorded: Mapp
             # Config or inputs are at fault, and mended ones will not fit what is written; a read that failed may succeed.
             if not isinstance(error.__cause__, OSError):
                 folder.abandon()
+            raise
+        except NotFrozen:
+            folder.abandon()
             raise
         return folder.publish(lambda files: _manifest(merge, done, read, recorded, files))
 

@@ -207,6 +207,10 @@ def _worked(job: _Job, steps: Sequence[Step]) -> Iterator[tuple[Step, int | Done
             worker.join()  # a thread that still computes when the interpreter ends takes the process down with it
 
 
+class NotFrozen(Exception):
+    """A branch has other numbers than the base in a tensor that its recipe freezes; the message says which."""
+
+
 class _Stopped(Exception):
     """Another worker failed, or the caller gave up."""
 
@@ -293,21 +297,35 @@ class _Job:
             squares.add(exact, block)
 
     def _copied(self, step: Step, buffers: Buffers, told: queue.SimpleQueue) -> Done:
-        """The bytes of the first source, after comparing them with all others'."""
+        """The bytes of the first source, after comparing them with all others'; of the base, for what is frozen."""
+        wanted = step.wanted
+        sources = (wanted.base, *wanted.branches) if wanted.base is not None else wanted.branches
         readers = [PlainReader(self.merge.opened[s.input], s.name, buffers, f"raw-{i}", f"{s.input} {s.name}")
-                   for i, s in enumerate(step.wanted.sources)]
+                   for i, s in enumerate(sources)]
         hasher, size = begin_hash(step.wanted.dtype, step.wanted.shape), ITEM_SIZES[step.wanted.dtype]
         stack = TensorStack(step.wanted.shape, readers, None, (), "entry", self.memory.entries, buffers)
         hashes = self._begin_input_hashes(stack)
         for start, stop in stack.ranges():
             first, *others = [reader.read_raw(start, stop) for reader in readers]
-            for source, other in zip(step.wanted.sources[1:], others, strict=True):
-                if not other.equal(first):
+            for source, reader, other in zip(sources[1:], readers[1:], others, strict=True):
+                if wanted.frozen and not same_numbers(as_stored(first, readers[0]), as_stored(other, reader)):
+                    raise NotFrozen(f"tensor '{step.name}' of {self._label(source)}")
+                if not wanted.frozen and not other.equal(first):
                     raise RecipeError(f"tensor '{step.name}': {self._label(source)} has other numbers in it than "
-                                      f"{self._label(step.wanted.sources[0])}; a buffer of {step.wanted.dtype} can only be "
+                                      f"{self._label(sources[0])}; a buffer of {wanted.dtype} can only be "
                                       "kept where all are equal.")
+            if readers[0].dtype != wanted.dtype:
+                first = self._narrowed(step, as_stored(first, readers[0]))
             self._put(step, start * size, first.numpy(), hasher, told)
         return Done(hasher.hexdigest(), {key: reader.hasher.hexdigest() for key, reader in hashes.items()}, [])
+
+    def _narrowed(self, step: Step, numbers: Tensor) -> Tensor:
+        """Frozen numbers in the result's dtype, as bytes."""
+        rounded = numbers.float().to(MERGED[step.wanted.dtype])
+        if not self.settings.allow_nonfinite and finite(numbers) and not finite(rounded):
+            raise RecipeError(f"tensor '{step.name}': the base holds numbers that {step.wanted.dtype} cannot hold. Write the "
+                              "result in bfloat16 or float32 (`merge.dtype`).")
+        return rounded.view(torch.uint8)
 
     def _put(self, step: Step, at: int, data: np.ndarray, hasher: Any, told: queue.SimpleQueue) -> None:
         hasher.update(data)
@@ -435,6 +453,25 @@ def fused_form(blockwise: Blockwise, stack: TensorStack) -> Callable[..., bool] 
 def numbers(rounded: Tensor) -> np.ndarray:
     """As the fused kernels write them."""
     return rounded.view(torch.int16).numpy().view(np.uint16) if rounded.dtype == torch.bfloat16 else rounded.numpy()
+
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def as_stored(raw: Tensor, reader: PlainReader) -> Tensor:
+    """Bytes as the numbers that they are; as bytes, where they are none that is merged."""
+    return raw.view(MERGED[reader.dtype]) if reader.dtype in MERGED else raw
+
+
+def same_numbers(base: Tensor, branch: Tensor) -> bool:
+    """Whether a branch has the base's numbers, as float32; or the base's rounded to bfloat16 or float16, by a trainer that
+    loaded or saved it so: that is no training."""
+    if base.dtype == branch.dtype and base.equal(branch):
+        return True
+    if not (base.is_floating_point() and branch.is_floating_point()):
+        return False
+    wide, found = base.float(), branch.float()
+    return wide.equal(found) or any(wide.to(narrow).float().equal(found) for narrow in NARROW)
 
 
 def finite(rounded: Tensor) -> bool:

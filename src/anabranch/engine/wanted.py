@@ -37,7 +37,8 @@ class Source:
 class Wanted:
     """One tensor of the result, and how it is made.
 
-    method      a registered merge method, or COPY: the bytes of `branches[0]`, which all other sources must equal
+    method      a registered merge method, or COPY: the bytes of `branches[0]`, which all other sources must equal; or, where
+                there is a `base`, the base's, which the branches must have the numbers of (`frozen`)
     weights     one per branch, for methods that take them
     arguments   the method's parameters, complete, sorted by name
     depth       of its layer: 0 the first, 1 the last; embeddings 0, final norm and head 1
@@ -59,6 +60,11 @@ class Wanted:
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def frozen(self) -> bool:
+        """Carried over from the base, and the same in every branch."""
+        return self.method == COPY and self.base is not None
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -50,6 +50,7 @@ from anabranch.mixture import build_mixture
 from anabranch.model import keep_buffers, load_tokenizer, resolve_model
 from anabranch.recipe import Recipe
 from anabranch.run import Progress, Run, check_ahead, mixture_stage, open_run, record_recipe
+from anabranch.vision import load_vision
 
 
 class CollectedTask(Part):
@@ -116,9 +117,10 @@ def collect_forecast(recipe: Recipe, *, methods: Sequence[str] = DEFAULT_METHODS
     keep_buffers()
     run = Run(recipe, recipe.output, resolve_model(recipe.model), "dry run", lambda _: None, progress)
     tokenizer = load_tokenizer(run.base, trust_remote_code=recipe.model.trust_remote_code)
+    vision = load_vision(run.base, trust_remote_code=recipe.model.trust_remote_code)
     with tempfile.TemporaryDirectory() as name:
         here = replace(run, folder=Path(name))
-        mixture = build_mixture(recipe, tokenizer, here.folder / "mixture", base_hash="dry run",
+        mixture = build_mixture(recipe, tokenizer, here.folder / "mixture", vision=vision, base_hash="dry run",
                                 progress=lambda *a: progress("mixture", *a))
         asked = ask(mixture, recipe.seed, methods, tasks, pairs, sets, k, calibration)
         reduced = task_mixture(here, mixture, asked.tasks, calibration)

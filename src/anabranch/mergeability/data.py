@@ -94,8 +94,9 @@ class Calibration:
 
 
 def rows_hash(rows: Rows) -> str:
-    """SHA-256 (hex) of tokens and response masks."""
-    return hashlib.sha256(b"".join(a.tobytes() for a in (rows.input_ids, rows.response, rows.offsets))).hexdigest()
+    """SHA-256 (hex) of tokens, response masks and images."""
+    tokens = b"".join(a.tobytes() for a in (rows.input_ids, rows.response, rows.offsets))
+    return hashlib.sha256(tokens + rows.hash_of_images()).hexdigest()
 
 
 def data_metrics(base: Path, models: Mapping[str, Path], calibration: Mapping[str, Rows], journal: Path, *,

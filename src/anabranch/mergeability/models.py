@@ -25,7 +25,7 @@ from anabranch.branches import branch_inputs, check_branch
 from anabranch.errors import AnabranchError, BranchFailed, MixtureError
 from anabranch.launch.local import Job, run_jobs
 from anabranch.plan import make_plan
-from anabranch.rows import Rows, budget_indices, generator, load_unit, save_unit
+from anabranch.rows import Rows, budget_indices, generator, load_unit, save_part
 from anabranch.run import Run, branch_progress, reopen_run
 from anabranch.trainers.command import train_group
 
@@ -58,7 +58,7 @@ def set_aside(rows: Rows, count: int, seed: int, task: str) -> tuple[np.ndarray,
     Args:
         count: rows wanted for calibration; at most CALIBRATION_SHARE of those there are.
     """
-    contents = [rows.row(i)[0].tobytes() for i in range(len(rows))]
+    contents = [rows.content(i) for i in range(len(rows))]
     wanted = min(count, int(len(rows) * CALIBRATION_SHARE))
     chosen: dict[bytes, int] = {}
     for i in generator(seed, "calibration", task).permutation(len(rows)):
@@ -100,8 +100,9 @@ def task_mixture(run: Run, mixture: Mixture, tasks: Sequence[str], calibration: 
 
 def _without(run: Run, unit: Unit, rows: Rows, aside: np.ndarray, rest: np.ndarray, out: Path) -> Unit:
     kept = rows.take(rest)
-    sha = save_unit(out / "mixture" / unit.file, kept, load_unit(run.folder / "mixture" / unit.file, "held_out"))
-    save_unit(out / "calibration" / Path(unit.file).name, rows.take(aside), rows.take(aside[:0]))
+    origin = run.folder / "mixture" / unit.file
+    sha = save_part(out / "mixture" / unit.file, origin, kept, load_unit(origin, "held_out"))
+    save_part(out / "calibration" / Path(unit.file).name, origin, rows.take(aside), rows.take(aside[:0]))
     budget = budget_indices(len(kept), unit.epochs, run.recipe.seed, unit.name)
     return unit.model_copy(update={
         "sha256": sha, "rows": len(kept), "samples": len(budget), "tokens": int(kept.lengths[budget].sum()),

@@ -24,6 +24,7 @@ from anabranch.artifacts import BranchManifest, Evaluation, Mixture, Part, canon
 from anabranch.engine.merging import merge_checkpoints
 from anabranch.errors import CorruptedError, OutputError, RecipeError, closest
 from anabranch.evaluate import evaluate_model, evaluation_inputs
+from anabranch.families import frozen_tensors
 from anabranch.mergeability.models import folder_of, model_folder
 from anabranch.operators import ALIASES, NOT_IN_A_RUN
 from anabranch.run import Run
@@ -182,6 +183,7 @@ class Scorer:
         manifest = merge_checkpoints(
             model.name, self.run.base, folders, model.weights(len(tasks)), place / "model", dtype=section.dtype,
             max_shard_size=section.max_shard_size, parameters=model.parameters, seed=self.run.recipe.seed,
+            frozen=frozen_tensors(self.run.base, self.run.recipe.model),
             made_from={"base": self.run.base_hash} | {f"model of {t}": digest(self.models[t].files) for t in tasks})
         outcome = self._score(key, model.name, place / "model", tasks, manifest.displacement)
         shutil.rmtree(place, ignore_errors=True)

@@ -60,6 +60,7 @@ class Contents:
     outdated: list[str] = field(default_factory=list)
     pilot: Pilot | None = None
     operators: Operators | None = None
+    folder: Path = Path()  # where these lie: images are too large to be read before it is known which are shown
 
     @property
     def groups(self) -> dict[str, int | None]:
@@ -125,6 +126,7 @@ def read_contents(run: Path) -> Contents:
         outdated=outdated,
         pilot=pilot,
         operators=operators,
+        folder=run,
     )
 
 

@@ -7,6 +7,7 @@ import textwrap
 
 from anabranch.artifacts import Comparison
 from anabranch.report import pilot, tables
+from anabranch.report.audit import counted
 from anabranch.report.contents import PLACE_MEANING, PLACE_WORDS, Contents, clean, shorten
 from anabranch.report.diagnostics import sections
 from anabranch.report.tables import Table
@@ -82,11 +83,21 @@ def _table(table: Table, columns: list[int] | None = None, rows: int = ROWS, nam
 
 def _mixture(contents: Contents) -> list[str]:
     mixture = contents.mixture
-    lines = _table(tables.mixture_table(contents), [0, 2, 4, 5, 7, 8])
+    table = tables.mixture_table(contents)
+    shown = ["unit", "training rows", "tokens", "held-out rows", "rows left out",
+             *(["images", "image tokens"] if mixture.vision is not None else ["samples"])]
+    lines = _table(table, [i for i, header in enumerate(table.headers) if header in shown])
+    if mixture.vision is not None:
+        lines += _table(tables.images_table(contents), [0, 1, 2, 4, 6, 7, 9])
     lines += (_table(tables.excluded_table(contents), [0, 1, 2, 4]) if mixture.excluded else ["No row was left "
                                                                                               "out.", ""])
     lines.append(_wrapped(f"{mixture.duplicates_in_train:,} training rows repeat another (kept); "
                           f"{mixture.duplicates_across:,} also stood among held-out rows (left out there)."))
+    if mixture.audit:
+        lines += ["", "One row of each unit by tokens (report.html shows its images and what is trained):", ""]
+        lines += [_bullet(f"{_plain(shorten(row.unit, 30))}: {counted(row)}") for row in mixture.audit[:ROWS]]
+        hidden = len(mixture.audit) - ROWS
+        lines += [_bullet(f"and {hidden:,} more")] if hidden > 0 else []
     return lines
 
 

@@ -12,7 +12,7 @@ class Markup(str):
     """HTML source, not to be escaped again."""
 
 
-VOID = ("meta", "br")
+VOID = ("meta", "br", "img")
 
 
 def tag(name: str, /, *children: str, **attributes: str) -> Markup:

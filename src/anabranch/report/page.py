@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from anabranch.artifacts import Comparison
-from anabranch.report import figures, pilot, tables
+from anabranch.report import audit, figures, pilot, tables
 from anabranch.report.contents import PLACE_MEANING, PLACE_WORDS, Contents
 from anabranch.report.diagnostic_figures import picture_svg
 from anabranch.report.diagnostics import Section, sections
@@ -119,11 +119,28 @@ def _mixture(contents: Contents) -> list[Markup]:
              f"{mixture.duplicates_across:,} training rows also stood among held-out rows (those were left out of "
              "held-out)."]
     parts.append(tag("div", _note(*notes), cls="wide"))
+    if mixture.vision is not None:
+        parts += _images(contents)
     if mixture.examples:
         quotes = [tag("div", tag("p", tag("b", example.get("unit", "")), cls="note"),
                       *(_quote(f"{key}: {example[key]}") for key in sorted(example, reverse=True) if key != "unit"))
                   for example in mixture.examples[:6]]
         parts.append(_more("Rows as the model sees them", *quotes))
+    return parts
+
+
+def _images(contents: Contents) -> list[Markup]:
+    vision = contents.mixture.vision
+    assert vision is not None
+    parts = [html_table(tables.images_table(contents)),
+             _note(f"An image stands in a row as `{vision.placeholder}`, which becomes as many tokens as the model's processor "
+                   "makes of its size. Images count in a row's tokens; the loss is never taken on them.")]
+    if contents.mixture.audit:
+        stored = "stored" if vision.max_pixels is None else "stored, after the pixel cap"
+        lead = tag("p", "Only what is ", tag("mark", "marked"), " is trained; it must end with the end of the turn. Prompts "
+                   f"and images are read. Pictures are small copies of what is {stored}.", cls="lead")
+        cards = audit.audit_cards(contents)
+        parts.append(tag("div", tag("h3", "One row of each unit, as the loss sees it"), lead, *cards, cls="wide"))
     return parts
 
 

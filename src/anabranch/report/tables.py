@@ -16,7 +16,8 @@ from anabranch.scores import PLACES, Place, macro_loss, mean_answer, token_loss
 RULES = {
     "empty_response": "empty response", "empty_prompt": "empty prompt", "over_long": "longer than max_length",
     "malformed": "malformed row", "duplicate_held_out": "also in training rows", "max_samples": "over max_samples",
-    "max_tokens": "over max_tokens", "too_few_samples": "too few rows in the unit",
+    "max_tokens": "over max_tokens", "too_few_samples": "too few rows in the unit", "missing_image": "image missing",
+    "broken_image": "image broken", "huge_image": "image too large to open", "animated_image": "image animated",
 }
 NONE = "–"
 
@@ -43,18 +44,34 @@ def _interval(low: float | None, high: float | None) -> str:
 def mixture_table(contents: Contents) -> Table:
     """One row per unit of the mixture, and what they sum to."""
     mixture, left_out = contents.mixture, _rows_left_out(contents.mixture.excluded)
+    units, pictured = mixture.units, mixture.vision is not None
 
     def row(unit: Unit) -> list[str]:
+        images = [f"{unit.images:,}", f"{unit.image_tokens:,}"] if pictured else []
         return [unit.name, unit.format, f"{unit.rows:,}", f"{unit.epochs:g}", f"{unit.samples:,}", f"{unit.tokens:,}",
-                f"{unit.response_tokens:,}", f"{unit.held_out_rows:,}", f"{left_out.get(unit.name, 0):,}"]
+                f"{unit.response_tokens:,}", *images, f"{unit.held_out_rows:,}", f"{left_out.get(unit.name, 0):,}"]
 
-    units = mixture.units
+    images = [f"{sum(u.images for u in units):,}", f"{sum(u.image_tokens for u in units):,}"] if pictured else []
     total = [f"all {len(units)} units", "", f"{sum(u.rows for u in units):,}", "", f"{sum(u.samples for u in units):,}",
-             f"{mixture.tokens:,}", f"{sum(u.response_tokens for u in units):,}",
+             f"{mixture.tokens:,}", f"{sum(u.response_tokens for u in units):,}", *images,
              f"{sum(u.held_out_rows for u in units):,}", f"{sum(left_out.get(u.name, 0) for u in units):,}"]
-    return Table("Units of the mixture", ["unit", "format", "training rows", "passes", "samples", "tokens",
-                                          "response tokens", "held-out rows", "rows left out"],
+    return Table("Units of the mixture", ["unit", "format", "training rows", "passes", "samples", "tokens", "response tokens",
+                                          *(["images", "image tokens"] if pictured else []), "held-out rows", "rows left out"],
                  [row(u) for u in units], 2, total)
+
+
+def images_table(contents: Contents) -> Table:
+    """What the images cost in tokens, and the pixel cap's part in it."""
+    vision, mixture = contents.mixture.vision, contents.mixture
+    assert vision is not None
+    spared = vision.image_tokens_uncapped - vision.image_tokens
+    cap = NONE if vision.max_pixels is None else f"{vision.max_pixels:,} pixels"
+    row = [cap, f"{vision.images:,}", f"{vision.scaled_down:,}", f"{vision.smallest:,}", f"{vision.median:,}",
+           f"{vision.largest:,}", f"{vision.image_tokens:,}", f"{vision.image_tokens / max(1, mixture.tokens):.1%}",
+           f"{vision.image_tokens_uncapped:,}", f"{spared / max(1, vision.image_tokens_uncapped):.1%}"]
+    return Table("Images of the training rows", [
+        "pixel cap", "images, each once", "scaled down", "tokens of one, fewest", "median", "most", "image tokens",
+        "of all tokens", "without the cap", "spared by it"], [row])
 
 
 def other_units_table(contents: Contents) -> Table:
@@ -272,6 +289,10 @@ def key_numbers(contents: Contents) -> list[tuple[str, str, str]]:
     mixture, conflict = contents.mixture, contents.conflict
     out = [("mixture", f"{len(mixture.units):,} units", f"{mixture.tokens:,} training tokens, "
             f"{sum(u.held_out_rows for u in mixture.units):,} held-out rows")]
+    if mixture.vision is not None:
+        share = mixture.vision.image_tokens / max(1, mixture.tokens)
+        out.append(("images", f"{share:.0%} of tokens", f"{mixture.vision.images:,} images, {mixture.vision.median:,} tokens "
+                    "each in the median"))
     if conflict is not None:
         out.append(("conflict", f"{conflict.negative_share:.0%} of pairs",
                     "pull against each other (cosine below 0); "

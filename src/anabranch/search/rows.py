@@ -70,7 +70,7 @@ def read_halves(data: DataSetting, tokenizer: Any, folder: Path) -> Halves:
 
 def split(units: Mapping[str, Rows], max_rows: int | None, told: Sequence[str] = ()) -> Halves:
     """Units that cannot be split are left out, and told. Raises RecipeError where none is left."""
-    keys = {name: [_key(*rows.row(i)) for i in range(len(rows))] for name, rows in units.items()}
+    keys = {name: [_key(*rows.row(i), rows.pictures(i)) for i in range(len(rows))] for name, rows in units.items()}
     searched, guard, out = {}, {}, []
     for name in units:
         if len(set(keys[name])) < 2:
@@ -99,16 +99,17 @@ def _sides(keys: Sequence[bytes], max_rows: int | None) -> tuple[list[int], list
     return (lower, upper) if max_rows is None else (lower[: (max_rows + 1) // 2], upper[: max_rows // 2])
 
 
-def _key(ids: np.ndarray, response: np.ndarray) -> bytes:
-    """Equal for rows of equal prompt."""
+def _key(ids: np.ndarray, response: np.ndarray, pictures: bytes) -> bytes:
+    """Equal for rows of equal prompt and images."""
     first = int(np.flatnonzero(response)[0]) if response.any() else len(ids)
-    return hashlib.sha256(ids[: first if first > 1 else len(ids)].astype(np.int32).tobytes()).digest()
+    return hashlib.sha256(ids[: first if first > 1 else len(ids)].astype(np.int32).tobytes() + pictures).digest()
 
 
 def _rows_hash(rows: Rows) -> str:
     whole = hashlib.sha256()
     for part in (rows.input_ids, rows.response, rows.offsets):
         whole.update(np.ascontiguousarray(part).tobytes())
+    whole.update(rows.hash_of_images())
     return whole.hexdigest()
 
 

@@ -70,18 +70,27 @@ def check_command(recipe: Recipe) -> None:
         raise RecipeError.of("recipe: trainer.command:", problems)
 
 
+def refuse_images(mixture: Mixture, who: str) -> None:
+    """Programs are given tokens, and images are none. Raises RecipeError where a unit of the mixture shows images."""
+    if shown := [u.name for u in mixture.units if u.images_file is not None]:
+        raise RecipeError(f"{who}: {len(shown)} of {len(mixture.units)} units show images ({', '.join(shown[:3])}"
+                          f"{', ..' if len(shown) > 3 else ''}), and other trainers are given tokens alone. Leave `trainer` "
+                          "out: Anabranch's own branches (TRL) train on images, here and on workers (`launch`).")
+
+
 def train_by_command(recipe: Recipe, plan: Plan, branch: int, mixture: Mixture, mixture_folder: Path, base: Path,
                      base_hash: str, out: Path) -> BranchManifest:
     """Have the recipe's program train one branch into `out`; a finished one is returned as it is.
 
     Raises:
-        RecipeError: no such program, or an unknown placeholder.
+        RecipeError: no such program, an unknown placeholder, or rows with images.
         ProvenanceError: `out` holds a branch of another base, plan, data, settings or trainer.
         Preempted: a signal told us to stop, and the program has ended.
         BranchFailed: the program failed; the message has the end of its log.
         ModelError, ShapeMismatch, CorruptedError: what it left cannot be this branch (returned.py).
     """
     check_command(recipe)
+    refuse_images(mixture, "recipe: trainer.command")
     with held_branch(recipe, plan, branch, base_hash, out) as (done, hold):
         if done is not None:
             return done
@@ -115,7 +124,7 @@ def job_settings(recipe: Recipe, plan: Plan, branch: int, samples: Any, base_has
                        "steps": branch_steps(recipe, sum(len(chosen) for _, _, chosen in samples))},
             "train": train_settings(recipe),
             "model": {"trainable": model.trainable, "lora": model.lora, "dtype": model.dtype,
-                      "trust_remote_code": model.trust_remote_code},
+                      "trust_remote_code": model.trust_remote_code} | ({"freeze": model.freeze} if model.freeze else {}),
             "places": {name: str(path.absolute()) for name, path in places.items()}}
 
 

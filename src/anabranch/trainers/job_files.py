@@ -35,12 +35,15 @@ from anabranch.branches import (
     trainer_arguments,
 )
 from anabranch.errors import ModelError, OutputError
+from anabranch.families import adapter_arguments, freezes, skeleton
+from anabranch.model import select_trainable
 from anabranch.plan import load_plan
+from anabranch.recipe import Model as ModelSection
 from anabranch.trainers.axolotl import axolotl_config
-from anabranch.trainers.command import PLACE, check_command, job_settings, write_rows
+from anabranch.trainers.command import PLACE, check_command, job_settings, refuse_images, write_rows
 from anabranch.trainers.llamafactory import llamafactory_config
-from anabranch.trainers.returned import skeleton
 from anabranch.trainers.translation import BranchJob
+from anabranch.vision import model_class
 
 if TYPE_CHECKING:
     from anabranch.run import Run
@@ -67,12 +70,13 @@ def write_job_files(run: Run, out: Path, trainer: str) -> list[Path]:
         trainer: one of TRAINERS.
     Raises:
         OutputError: `out` has other files in it.
-        RecipeError: a setting that this trainer does not have (nothing is written then).
+        RecipeError: a setting that this trainer does not have, or rows with images (nothing is written then).
         PlanError, ProvenanceError, CorruptedError: no plan, or not of this mixture.
     """
     mixture = run.mixture
     plan, _ = load_plan(run.folder / "plan.json", mixture)
     check_train_section(run.recipe)
+    refuse_images(mixture, f"export --trainer {trainer}")
     if run.recipe.trainer.kind == "command":
         check_command(run.recipe)
     if out.exists() and (not out.is_dir() or {p.name.split("-")[0] for p in out.iterdir()} - {"README.md", "branch"}):
@@ -103,22 +107,32 @@ def branch_job(run: Run, plan: Plan, mixture: Mixture, branch: int) -> BranchJob
         branch=branch, base=str(run.base.absolute()) if local else recipe.model.path,
         revision=None if local else recipe.model.revision, seed=plan.seed, rows=rows,
         tokens=planned_budget(recipe, samples)[1], steps=branch_steps(recipe, rows), max_length=recipe.mixture.max_length,
-        settings=train_settings(recipe), model=recipe.model, trainable=_trainable(run),
+        settings=train_settings(recipe), model=_section(run), trainable=_trainable(run),
         made_from=branch_inputs(recipe, plan, branch, run.base_hash))
+
+
+def _section(run: Run) -> ModelSection:
+    """The recipe's `model`; adapters say themselves which frozen layers they keep off."""
+    section = run.recipe.model
+    if section.lora is None or not section.freeze:
+        return section
+    return section.model_copy(update={"lora": adapter_arguments(_modules(run), section), "freeze": []})
 
 
 def _trainable(run: Run) -> tuple[str, ...] | None:
     """Names of the parameters that train, where that is not all."""
-    from anabranch.model import select_trainable
-
     section = run.recipe.model
-    if section.lora is not None or section.trainable == ["*"]:
+    if section.lora is not None or not freezes(section):
         return None
-    model = skeleton(run.base, section.trust_remote_code)
+    return tuple(select_trainable(_modules(run), section))
+
+
+def _modules(run: Run) -> Any:
+    model = skeleton(run.base, run.recipe.model.trust_remote_code)
     if model is None:
         raise ModelError(f"{run.base}: transformers cannot build this architecture without its weights, so `model.trainable` "
-                         "cannot be turned into names.")
-    return tuple(select_trainable(model, section))
+                         "and `model.freeze` cannot be turned into names.")
+    return model
 
 
 def _config(job: BranchJob, trainer: str) -> dict[str, Any]:
@@ -135,8 +149,9 @@ def _write_branch(run: Run, plan: Plan, mixture: Mixture, job: BranchJob, config
     rows = list(branch_rows(samples, plan.seed, job.branch))
     start = START.get(trainer, "")
     if trainer == "trl":
-        config = {"base": job.base, "revision": job.revision, "trust_remote_code": job.model.trust_remote_code,
-                  "trainable": job.model.trainable, "lora": job.model.lora,
+        config = {"base": job.base, "class": model_class(run.base).__name__, "revision": job.revision,
+                  "trust_remote_code": job.model.trust_remote_code,
+                  "trainable": list(job.trainable or ("*",)), "lora": job.model.lora,
                   # two: its own trainer removes the old one before anybody knows that the new one is whole
                   "arguments": trainer_arguments(run.recipe, plan.seed) | {"save_total_limit": 2}}
         write_atomically(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())

@@ -21,13 +21,13 @@ import torch
 from safetensors.torch import save_file
 
 from anabranch.artifacts import BranchManifest, Mixture, Plan, file_digest, write_atomically
+from anabranch.branch_folder import dress
 from anabranch.branches import branch_samples, branch_steps, held_branch, planned_budget
 from anabranch.checkpoints import checkpoints_in
 from anabranch.engine.adapter import CONFIG as ADAPTER_CONFIG
 from anabranch.engine.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from anabranch.engine.adapter import Adapter
 from anabranch.engine.checkpoint import PICKLES, STEMS, Checkpoint, weight_files
-from anabranch.engine.layout import set_dtype
 from anabranch.engine.plan import line_up
 from anabranch.errors import (
     AnabranchError,
@@ -38,9 +38,9 @@ from anabranch.errors import (
     ProvenanceError,
     ShapeMismatch,
 )
+from anabranch.families import freezes, frozen_tensors, saved_names, skeleton
 from anabranch.model import select_trainable
 from anabranch.recipe import Recipe
-from anabranch.surgery.side_files import carry_tokenizer
 
 if TYPE_CHECKING:
     from anabranch.run import Run
@@ -197,7 +197,8 @@ def take_in(folder: Path, base: Path, recipe: Recipe, into: Path, *, kept: Path 
         else:
             _copy_weights(folder, base, partial)
         warnings += verify_checkpoint(partial, base, recipe, said=folder)
-        _dress(partial, base, recipe.model.trust_remote_code)
+        (partial / "tokenizer.json").unlink(missing_ok=True)
+        dress(partial, base, code=recipe.model.trust_remote_code)
     except AnabranchError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise type(error)(str(error).replace(str(partial), str(folder))) from error
@@ -271,19 +272,6 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor.clone()
 
 
-def _dress(partial: Path, base: Path, code: bool) -> None:
-    """The base's own config and tokenizer beside the weights, with the weights' dtype."""
-    (partial / "tokenizer.json").unlink(missing_ok=True)
-    wide = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    dtypes = {info.dtype for info in Checkpoint.open(partial).tensors.values()} & wide.keys()
-    config = json.loads((base / "config.json").read_text())
-    dtype = wide[dtypes.pop()] if len(dtypes) == 1 else "float32"
-    write_atomically(partial / "config.json", (json.dumps(set_dtype(config, dtype), indent=2) + "\n").encode())
-    for name, source in carry_tokenizer(base).items():
-        if not name.endswith(".py") or code:
-            write_atomically(partial / name, source if isinstance(source, bytes) else source.read_bytes())
-
-
 # -------------------------------------------------------------------------------------------------------------- verifying
 
 
@@ -316,7 +304,7 @@ def verify_checkpoint(folder: Path, base: Path, recipe: Recipe, *, said: Path | 
     problems += _value_problems(seen, allowed)
     if problems:
         raise ModelError.of(f"{said}: cannot be a branch of {base}:", problems)
-    unchecked = allowed is None and (recipe.model.lora is not None or recipe.model.trainable != ["*"])
+    unchecked = allowed is None and (recipe.model.lora is not None or freezes(recipe.model))
     return [*_warnings(seen, candidate), *(
         ["which parameters may change could not be found out for this architecture, so that was not checked"] if unchecked
         else [])]
@@ -385,13 +373,16 @@ def _config_problems(candidate: Checkpoint, origin: Checkpoint, trust: bool) -> 
     if "quantization_config" in candidate.config:
         return ["config.json has a `quantization_config`: packed weights cannot be merged. Save it dequantised"]
     here, there = (_understood(c, trust) for c in (candidate, origin))
-    if here is None or there is None:
-        here, there = candidate.config, origin.config
-        keys = (here.keys() & there.keys()) - NEUTRAL
-    else:
-        keys = (here.keys() | there.keys()) - NEUTRAL
+    both = here is not None and there is not None
+    here, there = _telling(here if both else candidate.config), _telling(there if both else origin.config)
+    keys = here.keys() | there.keys() if both else here.keys() & there.keys()
     return _cut([f"config.json: `{key}` is {json.dumps(here.get(key))[:80]}, the base has {json.dumps(there.get(key))[:80]}: "
                  "another base" for key in sorted(keys) if here.get(key) != there.get(key)])
+
+
+def _telling(config: Any) -> Any:
+    """A config without what changes no number, also of its parts (`text_config`)."""
+    return {k: _telling(v) for k, v in config.items() if k not in NEUTRAL} if isinstance(config, dict) else config
 
 
 def _understood(checkpoint: Checkpoint, trust: bool) -> dict[str, Any] | None:
@@ -433,32 +424,28 @@ def _tokens(tokenizer: dict[str, Any]) -> dict[str, int]:
 def _may_change(base: Path, recipe: Recipe, names: list[str]) -> set[str] | None:
     """Tensors that training under the recipe's `model` section may change; None: all, or not to be found out."""
     section = recipe.model
-    if section.lora is None and section.trainable == ["*"]:
-        return None
-    lora = section.lora or {}
+    held = frozen_tensors(base, section)
+    if section.lora is None:
+        return set(names) - held if freezes(section) else None
+    touched = _touched(base, recipe, names)
+    return touched - held if touched is not None else set(names) - held if held else None
+
+
+def _touched(base: Path, recipe: Recipe, names: list[str]) -> set[str] | None:
+    """Tensors that adapters sit on, or that are saved whole beside them; None where that cannot be found out."""
+    section, lora = recipe.model, recipe.model.lora or {}
     if lora.get("target_parameters") or lora.get("trainable_token_indices"):
         return None
     model = skeleton(base, section.trust_remote_code)
     if model is None:
         return None
-    chosen = set(select_trainable(model, section))
+    saved = saved_names(model)
+    chosen = {file for name in select_trainable(model, section) for file in ({name} & set(names) or saved[name])}
     if not chosen <= set(names):
         return None  # transformers has other names for them in memory than in the file
     whole = lora.get("modules_to_save") or []
     return chosen | {n for n in names if set(n.split(".")) & set(whole)} | {
         n for n in names if n.endswith(".bias") and lora.get("bias", "none") != "none"}
-
-
-def skeleton(base: Path, trust: bool) -> Any:
-    """The model's modules without its numbers; None where transformers cannot build it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(str(base), trust_remote_code=trust)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except Exception:  # an architecture that it does not know, or whose making needs numbers
-        return None
 
 
 def _cut(problems: list[str]) -> list[str]:

@@ -16,8 +16,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer home unless told not to
 
 import torch
+import transformers
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -27,7 +28,8 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     config = json.loads((here / "config.json").read_text())
     base, code = os.environ.get("BASE_MODEL", config["base"]), config["trust_remote_code"]
-    model = AutoModelForCausalLM.from_pretrained(base, revision=config["revision"], dtype=torch.float32, trust_remote_code=code)
+    kind = getattr(transformers, config["class"])
+    model = kind.from_pretrained(base, revision=config["revision"], dtype=torch.float32, trust_remote_code=code)
     lora = None
     if config["lora"] is not None:
         from peft import LoraConfig

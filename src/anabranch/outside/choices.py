@@ -1,0 +1,69 @@
+"""What the user said about metrics: `TASK=METRIC`, `TASK=METRIC*100`, and tasks to leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from anabranch.errors import RecipeError
+from anabranch.outside.suite import Metric
+
+
+@dataclass(frozen=True)
+class Choices:
+    """metrics: task -> its metric, over the table of known ones. skip: tasks that are not imported."""
+
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    skip: frozenset[str] = frozenset()
+
+
+@dataclass
+class Problems:
+    """Collected while files are read, told in one message."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        if text not in self.lines:
+            self.lines.append(text)
+
+    def unknown(self, where: str, task: str, found: Sequence[str]) -> None:
+        """A task that the table does not know, or whose metric is not where the table says."""
+        shown = ", ".join(f"`{name}`" for name in found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        self.add(f"{where}: `{task}`: which metric counts? Found: {shown or 'no number'}. Say --metric '{task}=NAME' if it is "
+                 f"in points of 100, --metric '{task}=NAME*100' if it is a share of 1, or --skip '{task}'.")
+
+
+def read_choices(metrics: Sequence[str], skip: Sequence[str]) -> Choices:
+    """From the command line. Raises RecipeError naming every problem."""
+    read, problems = {}, []
+    for text in metrics:
+        task, equals, name = text.partition("=")
+        name, star, factor = name.rpartition("*") if name.endswith("*100") else (name, "", "")
+        if not (task and equals and name):
+            problems.append(f"--metric {text}: wanted TASK=METRIC (points of 100) or TASK=METRIC*100 (a share of 1), as in "
+                            "mmstar=average*100.")
+        elif task in read:
+            problems.append(f"--metric: `{task}` stands twice.")
+        else:
+            read[task] = Metric((name,), 100.0 if star and factor else 1.0)
+    if both := sorted(set(read) & set(skip)):
+        problems.append(f"--metric and --skip both name {', '.join(both)}.")
+    if problems:
+        raise RecipeError.of("the choice of metrics:", problems)
+    return Choices(read, frozenset(skip))
+
+
+def in_points(value: float, metric: Metric, asked: bool) -> float | str:
+    """A value as points of 100, or what is wrong with it.
+
+    Args:
+        asked: the user named the metric and its scale; then the scale is not doubted.
+    """
+    if value < 0:
+        return f"{value:g} is negative"
+    if metric.scale == 100 and value > 1:
+        return f"{value:g} is no share of 1, as this metric was in the version whose sources were read"
+    if metric.scale == 1 and 0 < value <= 1 and not asked:
+        return f"{value:g} looks like a share of 1; this metric was in points of 100 in the version whose sources were read"
+    return value * metric.scale
