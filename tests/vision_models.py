@@ -120,7 +120,7 @@ def make_tokenizer(family: str, template: str | None = None) -> Any:
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in known.special])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=known.pad, eos_token=known.end, bos_token=known.bos,
-        additional_special_tokens=list(known.special), model_max_length=2048)
+        additional_special_tokens=list(known.special), model_max_length=8192)
     fast.chat_template = template or known.template
     return fast
 

@@ -14,9 +14,9 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from anabranch.errors import CorruptedError, OutputError, describe_validation_error
 
@@ -68,6 +68,20 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Grown(Part):
+    """A part whose later fields are written only where they say something, so that what has none of it keeps its hash."""
+
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_silence(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].get_default():
+                written.pop(name, None)
+        return written
+
+
 class Artifact(Part):
     """A JSON file of the run folder."""
 
@@ -109,8 +123,10 @@ class Exclusion(Part):
     example: str = Field("", description="where the first such row stands, and what is wrong with it")
 
 
-class Unit(Part):
+class Unit(Grown):
     """One dataset of the mixture, tokenised."""
+
+    later = ("images_file", "images", "image_tokens", "held_out_images")
 
     name: str
     source: str = Field(description="the path or hub id it came from, as the recipe says it")
@@ -168,8 +184,10 @@ class MixtureVision(Part):
     largest: int
 
 
-class Mixture(Artifact):
+class Mixture(Artifact, Grown):
     """mixture/mixture.json: the units, what was left out, and how text became tokens."""
+
+    later = ("vision", "audit")
 
     kind: Literal["mixture"] = "mixture"
     version: Literal[1] = 1

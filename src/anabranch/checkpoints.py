@@ -122,6 +122,10 @@ def with_our_checkpoints(trainer: type) -> Any:
                 "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
                 "unlogged": [self._tr_loss, self._globalstep_last_logged]})
 
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            if not load_renamed(Path(resume_from_checkpoint), self.model if model is None else model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             if checkpoint is not None:
                 saved = load_tree(Path(checkpoint) / OPTIMIZER)
@@ -143,6 +147,33 @@ def with_our_checkpoints(trainer: type) -> Any:
                                          "training then goes on from the one before it.") from error
 
     return Trainer
+
+
+def load_renamed(checkpoint: Path, model: Any) -> bool:
+    """Load whole weights whose names in files are not those in memory. The trainer's own loading would pass such files over
+    with a warning, and go on from the base. False, and nothing done, where the names are the same, or there are adapters.
+
+    Raises:
+        CorruptedError: weights are missing.
+    """
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    names = {name for path in files for name in _names_in(path)}
+    if not names or names <= set(model.state_dict()):
+        return False
+    loaded, told = type(model).from_pretrained(str(checkpoint), dtype=torch.float32, output_loading_info=True)
+    if lost := sorted({*told["missing_keys"], *(str(key) for key, *_ in told["mismatched_keys"])}):
+        raise CorruptedError(f"{checkpoint}: no weights for {', '.join(lost[:4])}{', ..' if len(lost) > 4 else ''}. Delete "
+                             "this checkpoint; training then goes on from the one before it.")
+    with torch.no_grad():
+        kept = loaded.state_dict()
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(kept[name])
+    return True
+
+
+def _names_in(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 def _check_random(saved: Any) -> None:

@@ -130,7 +130,8 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="where to write the job files")],
     trainer: Annotated[str, typer.Option(help="trl, axolotl, llamafactory or command")] = "trl",
     benchmarks: Annotated[str | None, typer.Option(
-        metavar="PROGRAM", help="instead: scripts that run lmms-eval or vlmevalkit on a run's models; RECIPE may be its folder")] = None,
+        metavar="PROGRAM", help="instead: scripts that score a run's models with lmms-eval or vlmevalkit; RECIPE may be "
+                                "the run's folder")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Job files for another trainer: per branch its rows, a config and a script. Measures and splits first if need be.

@@ -22,7 +22,7 @@ from anabranch.model import load_tokenizer, resolve_model
 from anabranch.recipe import Recipe, Source
 from anabranch.rows import load_unit
 from anabranch.run import check_ahead, check_groups
-from anabranch.sources import SUFFIXES
+from anabranch.sources import SUFFIXES, ZIP
 from anabranch.training_cost import SHARE, ModelSize, device_lines, memory, operations, size_of
 from anabranch.vision import load_vision
 
@@ -118,7 +118,7 @@ def _sources(recipe: Recipe) -> list[Source]:
 
 
 def _check_sources(recipe: Recipe) -> None:
-    local = [s.path for s in _sources(recipe) if Path(s.path).is_absolute() or s.path.endswith(SUFFIXES)]
+    local = [s.path for s in _sources(recipe) if Path(s.path).is_absolute() or s.path.endswith((*SUFFIXES, ZIP))]
     missing = [path for path in local if not (glob.glob(path) or Path(path).exists())]
     if missing:
         raise RecipeError("no such data: " + ", ".join(missing))

@@ -13,6 +13,7 @@ Without images in the row `<image>` is text like any other. Nothing is trimmed, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from anabranch.errors import MixtureError
 Messages = list[dict[str, str]]
 IMAGE = "\ufffc"  # where an image stands in a message
 MARKER = "<image>"
+ON_A_LINE = re.compile(f"\\n?{MARKER}\\n?")  # a line break beside it is the marker's: templates write their own
 NEXT = object()  # the next image of the column
 # format -> the columns it needs, in the order of detection; `text` is never guessed
 FORMATS = {"messages": ("messages",), "sharegpt": ("conversations",), "alpaca": ("instruction", "output"),
@@ -138,7 +140,7 @@ def _place_in_text(messages: Messages, images: int, shown: _Shown) -> None:
     if not markers and first is not None:
         first["content"] = IMAGE * images + first["content"]
     for message in messages:
-        message["content"] = message["content"].replace(MARKER, IMAGE)
+        message["content"] = ON_A_LINE.sub(IMAGE, message["content"])
     shown.places = [NEXT] * (markers or images)
 
 

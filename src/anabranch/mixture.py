@@ -44,7 +44,7 @@ from anabranch.recipe import Recipe
 from anabranch.rows import Rows, budget_indices, generator, images_file, save_unit
 from anabranch.sources import IMAGE, Rejected, Row, Split, UnitRows
 from anabranch.templates import Encoded, Template, choose_template, encode_rows, render, tokenizer_hash
-from anabranch.unit_images import Eye, Look, Stored, check_row, store, whole
+from anabranch.unit_images import Eye, Look, Stored, check_row, passing_folder, store, whole
 from anabranch.vision import Vision
 
 Progress = Callable[[str, int, int], None]
@@ -106,6 +106,8 @@ def _build(recipe: Recipe, tokenizer: Any, out: Path, base_hash: str, template: 
     if finished is not None:
         return finished
     material = material or read_all(recipe, entries, pictures, keys)
+    if vision is not None and recipe.mixture.images.max_pixels is not None:
+        vision.check_cap(recipe.mixture.images.max_pixels)
     eye = Eye(vision, pictures, recipe.mixture.images.max_pixels) if vision is not None and pictures is not None else None
     making = _Making(recipe, tokenizer, template, made_from, out,
                      frozenset(row.key for unit in material.units.values() for row in unit.train), eye)
@@ -133,8 +135,8 @@ def held_out_rows(recipe: Recipe, tokenizer: Any, *, vision: Vision | None = Non
 
     Args:
         vision: of a vision-language model.
-        folder: where the images of rows are stored, to be read from there; nothing else is written. None: rows with images
-            are an error.
+        folder: where the images of rows are stored, to be read from there; nothing else is written. None: in one that goes when
+            the process ends.
     Raises:
         MixtureError: as `build_mixture`; no usable row at all.
     """
@@ -150,7 +152,7 @@ def held_out_rows(recipe: Recipe, tokenizer: Any, *, vision: Vision | None = Non
             drawn = _draw(making, unit, "held_out")
             excluded += count(name, unit.rejected + drawn.rejected)
             if len(drawn.rows):
-                rows[name] = _with_images_in(making, folder, f"{number}.safetensors", name, drawn)
+                rows[name] = _with_images_in(making, folder, f"{number}.safetensors", drawn)
     finally:
         if pictures is not None:
             pictures.close()
@@ -159,12 +161,11 @@ def held_out_rows(recipe: Recipe, tokenizer: Any, *, vision: Vision | None = Non
     return rows, _sorted(excluded)
 
 
-def _with_images_in(making: _Making, folder: Path | None, file: str, name: str, drawn: _Drawn) -> Rows:
-    """The rows, their images in `folder`. Raises MixtureError."""
+def _with_images_in(making: _Making, folder: Path | None, file: str, drawn: _Drawn) -> Rows:
+    """The rows, their images in `folder`."""
     if making.eye is None or not any(drawn.looks):
         return drawn.rows
-    if folder is None:
-        raise MixtureError(f"unit {name!r}: its rows show images, which are not taken here.")
+    folder = folder or passing_folder()
     nothing = _rows([])
     stored = store(folder / file, making.eye, [], drawn.looks)
     rows = replace(drawn.rows, images=stored.held_out)

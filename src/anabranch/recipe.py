@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from anabranch.artifacts import Grown
 from anabranch.errors import RecipeError, closest, describe_validation_error
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -47,8 +48,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class Model(Section):
+class Model(Section, Grown):
     """The base: every branch starts from it."""
+
+    later = ("freeze",)
 
     path: str = Field(description="Hub id or folder")
     revision: str | None = None
@@ -68,9 +71,11 @@ class Model(Section):
         return self
 
 
-class Source(Section):
+class Source(Section, Grown):
     """Where rows come from: a Hub dataset id, a file or a glob (.json .jsonl .parquet .csv, .gz and .zst of them;
     .zip with such files and images in it)."""
+
+    later = ("images",)
 
     path: str
     unit: str | None = Field(None, description="name of the unit; default: the file's or the dataset's name")
@@ -107,7 +112,9 @@ class ImageSection(Section):
         return value
 
 
-class MixtureSection(Section):
+class MixtureSection(Section, Grown):
+    later = ("images",)
+
     sources: list[Source] = Field(min_length=1)
     held_out: Fraction = Field(0.1, description="fraction of each unit kept from training, by hash of the prompt")
     max_samples: int | None = Field(None, ge=1, description="default of the sources")

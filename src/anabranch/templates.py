@@ -144,6 +144,13 @@ def _read(setting: str) -> str:
         raise MixtureError(f"mixture.chat_template: {setting} cannot be read ({error}).") from error
 
 
+def _in_strings(messages: Messages, placeholder: str) -> list[dict[str, Any]]:
+    """Content as text, an image as its placeholder on a line of its own; as it stands for a language model."""
+    if not placeholder:
+        return list(messages)
+    return [{**m, "content": m["content"].replace(IMAGE, placeholder + "\n")} for m in messages]
+
+
 def _marks(text: str, tokenizer: Any, parts: bool) -> bool:
     """Whether a smallest conversation gets a response span: markers that mark nothing are no markers."""
     import jinja2
@@ -195,8 +202,7 @@ def render(template: Template, tokenizer: Any, messages: Messages) -> tuple[str,
     """
     import jinja2
 
-    written = _in_parts(messages) if template.parts else [
-        {**m, "content": m["content"].replace(IMAGE, template.placeholder)} for m in messages]
+    written = _in_parts(messages) if template.parts else _in_strings(messages, template.placeholder)
     try:
         text, spans = (_jinja(template.text, tokenizer, written, tracked=True) if template.marked
                        else _by_prefix(template, tokenizer, written))
@@ -207,9 +213,11 @@ def render(template: Template, tokenizer: Any, messages: Messages) -> tuple[str,
         tail = text[spans[-1][0]:][-60:] if spans else text[-60:]
         remedy = ("put {% endgeneration %} behind the end-of-turn token" if template.marked
                   else "write the end-of-turn token behind each assistant turn")
+        mend = (f"In the template, {remedy}, or use" if any(stop in text for stop in template.stops)
+                else "It writes none at all: give a .jinja copy that does, or use")
         raise MixtureError(f"chat template ({template.kind}): an assistant turn's loss ends without an end-of-turn "
-                           f"token (a turn ends in {tail!r}), so a model would never learn to stop. In the template, "
-                           f"{remedy}, or use `chat_template: plain`.")
+                           f"token (a turn ends in {tail!r}), so a model would never learn to stop. {mend} "
+                           "`chat_template: plain`.")
     return text, spans
 
 

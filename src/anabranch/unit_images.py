@@ -7,10 +7,13 @@ at a time; those that are scaled down wait in an unnamed temporary file, as a fi
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
+import shutil
 import statistics
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +31,13 @@ from anabranch.sources import Row
 from anabranch.vision import Vision
 
 THREADS = min(8, os.cpu_count() or 1)  # decoding leaves Python's lock; each may hold an image of 256 MiB
+
+
+def passing_folder() -> Path:
+    """A new folder for images that no run keeps. It goes when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="anabranch-images-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @dataclass(frozen=True, slots=True)

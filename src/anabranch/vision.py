@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from anabranch.artifacts import digest
-from anabranch.errors import ModelError
+from anabranch.errors import ModelError, RecipeError
 from anabranch.images import open_image
 from anabranch.rows import StoredImage, read_image
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+PROBES = ((336, 336), (64, 200), (500, 90), (641, 479), (28, 28))
 CACHE_BYTES = 2**28  # of pixel tensors: evaluations and diagnostics see the same batches again and again
 
 
@@ -188,6 +189,7 @@ class Vision:
     placeholder: str
     placeholder_id: int
     _texts: dict[tuple[int, int], str] = field(default_factory=dict)
+    _counts: dict[tuple[int, int], int] = field(default_factory=dict)
     _pixels: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = field(default_factory=OrderedDict)
 
     @property
@@ -222,19 +224,54 @@ class Vision:
         patch, merge = getattr(image, "patch_size", None), getattr(image, "merge_size", None)
         return patch * merge if isinstance(patch, int) and isinstance(merge, int) else 1
 
+    @property
+    def _own_cap(self) -> int | None:
+        """The pixels at which a family that rounds sides scales down by itself."""
+        size = getattr(self.processor.image_processor, "size", None) or {}
+        own = size.get("longest_edge") if self.factor > 1 else None
+        return own if isinstance(own, int) else None
+
+    def check_cap(self, max_pixels: int) -> None:
+        """Raises RecipeError for a cap below what the processor scales small images up to."""
+        least = (getattr(self.processor.image_processor, "size", None) or {}).get("shortest_edge") if self.factor > 1 else None
+        if isinstance(least, int) and max_pixels < 4 * least:
+            raise RecipeError(f"mixture.images.max_pixels: {max_pixels:,}, and this model's processor scales images up to at least "
+                              f"{least:,} pixels, so a cap so low would change pictures and spare nothing. Wanted {4 * least:,} or "
+                              "more, or null.")
+
     def text_of(self, width: int, height: int) -> str:
         """What stands in the conversation for an image of this size."""
         if (width, height) not in self._texts:
-            from PIL import Image
-
-            kwargs = self.processor._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)["images_kwargs"]
-            _, texts = self.processor._process_images([[Image.new("RGB", (width, height))]], **kwargs)
-            self._texts[width, height] = str(texts[0])
+            self._texts[width, height] = (self.placeholder * self._foretold(width, height) if self._foretells
+                                          else self._found_out(width, height))
         return self._texts[width, height]
+
+    def _found_out(self, width: int, height: int) -> str:
+        """By preparing an image of this size."""
+        from PIL import Image
+
+        kwargs = self.processor._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs)["images_kwargs"]
+        _, texts = self.processor._process_images([[Image.new("RGB", (width, height))]], **kwargs)
+        return str(texts[0])
+
+    def _foretold(self, width: int, height: int) -> int:
+        """As the processor tells inference servers, which want no image for it."""
+        return int(self.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])["num_image_tokens"][0])
+
+    @functools.cached_property
+    def _foretells(self) -> bool:
+        """Whether what it tells is what it does, for images of some shapes: preparing one large image takes seconds."""
+        try:
+            return all(self.placeholder * self._foretold(*size) == self._found_out(*size) for size in PROBES)
+        except Exception:  # a processor that does not tell, or tells of otherwise
+            return False
 
     def tokens(self, width: int, height: int) -> int:
         """How many tokens stand for an image of this size, its frame included."""
-        return len(self.tokenizer.encode(self.text_of(width, height), add_special_tokens=False))
+        if (width, height) not in self._counts:
+            ids = self.tokenizer.encode(self.text_of(width, height), add_special_tokens=False, verbose=False)
+            self._counts[width, height] = len(ids)
+        return self._counts[width, height]
 
     def capped(self, width: int, height: int, max_pixels: int) -> tuple[int, int] | None:
         """The size that an image is scaled to under a cap; None: it fits.
@@ -242,7 +279,9 @@ class Vision:
         Where a family rounds sides to a factor, it is the size that its own processor takes with this `max_pixels` (and
         rounding is counted: 784 x 784 is a cap of 784 image tokens for Qwen2-VL); elsewhere the largest of the same shape.
         """
-        factor = self.factor
+        factor, own = self.factor, self._own_cap
+        if own is not None and own <= max_pixels:
+            return None  # the processor scales it down further, and once is enough
         seen = (max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor))
         if seen[0] * seen[1] <= max_pixels:
             return None

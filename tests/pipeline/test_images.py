@@ -129,7 +129,7 @@ def test_other_formats_are_not_read_even_if_pillow_could(form):
 
 @pytest.mark.parametrize("sides", [(60_000, 60_000), (2**31 - 1, 1), (MOST_PIXELS + 1, 1), (9460, 9460)])
 def test_a_bomb_is_refused_by_its_header(sides):
-    """Of some bytes, and at once; also between Pillow's warning and its error. Nobody's filters of warnings are left changed."""
+    """Of some bytes, and at once; also between Pillow's warning and its error. Filters of warnings are left as they were."""
     before = list(warnings.filters)
     start = time.perf_counter()
     rule, why = rule_of(png(*sides))

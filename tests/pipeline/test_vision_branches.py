@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from anabranch.diagnose.run import subject_of_run
 from anabranch.diagnose.subject import Settings, make_probe
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.engine.merging import merge_checkpoints
-from anabranch.errors import BranchFailed, Preempted, ProvenanceError, RecipeError
+from anabranch.errors import BranchFailed, ModelError, Preempted, ProvenanceError, RecipeError
 from anabranch.families import frozen_tensors
 from anabranch.jobs import reads
 from anabranch.model import can_select, load_model, padded, response_losses
@@ -36,6 +37,7 @@ from anabranch.trainers.returned import accept_branch
 from vision_models import write_picture_units, write_vision_model
 
 FREEZE = ["vision tower", "projector"]
+ONE_FAMILY = pytest.mark.parametrize("run", ["qwen2_5_vl"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_5_vl"])
@@ -81,9 +83,8 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BranchManifest]:
-    out = tmp_path_factory.mktemp("whole")
-    return out, train(run, run.recipe, out)
+def whole(run: Run) -> tuple[Path, BranchManifest]:
+    return run.branch(0), train(run, run.recipe, run.branch(0))
 
 
 def test_a_branch_has_the_base_s_tensors_its_frozen_numbers_and_its_files(run, whole):
@@ -133,6 +134,7 @@ def test_trl_s_loss_is_ours(run, tmp_path):
     assert theirs == pytest.approx(float(torch.cat(ours).mean()), rel=1e-5)
 
 
+@ONE_FAMILY
 def test_accumulated_batches_are_one_batch(run, whole, tmp_path):
     """Four rows at once, or one by one: the same gradients but for rounding, though answers differ in length."""
     _, manifest = whole
@@ -159,6 +161,7 @@ class At:
 
 
 def test_stopped_and_started_again_with_other_workers_is_the_same_branch(run, whole, tmp_path, monkeypatch):
+    """The trainer's own loading finds none of these names in a checkpoint, warns, and would go on from the base."""
     out, manifest = whole
     with monkeypatch.context() as patched:
         At(patched, 5)
@@ -169,9 +172,16 @@ def test_stopped_and_started_again_with_other_workers_is_the_same_branch(run, wh
     assert again.losses == manifest.losses and again.tokens_seen == manifest.tokens_seen
 
 
-def test_adapters_beside_frozen_parts(run, tmp_path):
-    recipe = changed(run, {"learning_rate": 1e-2}, lora={"r": 2, "lora_alpha": 4})
+@ONE_FAMILY
+def test_adapters_beside_frozen_parts_also_after_a_stop(run, tmp_path, monkeypatch):
+    recipe = changed(run, {"learning_rate": 1e-2}, lora={"r": 2, "lora_alpha": 4, "lora_dropout": 0.1})
     train(run, recipe, tmp_path)
+    with monkeypatch.context() as patched:
+        At(patched, 5)
+        with pytest.raises(Preempted):
+            train(run, recipe, tmp_path / "again")
+    train(run, recipe, tmp_path / "again")
+    assert weights(tmp_path / "again") == weights(tmp_path)
     base, ours = tensors(run.base), tensors(tmp_path / "model")
     moved = {n for n in base if not ours[n].equal(base[n])}
     assert base.keys() == ours.keys() and moved and not moved & frozen_tensors(run.base, recipe.model)
@@ -179,6 +189,7 @@ def test_adapters_beside_frozen_parts(run, tmp_path):
     assert not [n for n in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "vis" in n or "projector" in n]
 
 
+@ONE_FAMILY
 def test_a_setting_that_trains_what_is_frozen_is_found_before_the_branch_counts(run, tmp_path, monkeypatch):
     monkeypatch.setattr(branches, "select_trainable", lambda model, section: model)
     with pytest.raises(BranchFailed, match=r"changed \d+ tensors that the recipe freezes"):
@@ -186,6 +197,7 @@ def test_a_setting_that_trains_what_is_frozen_is_found_before_the_branch_counts(
     assert not (tmp_path / "branch.json").exists()
 
 
+@ONE_FAMILY
 def test_what_cannot_train_on_images_says_so(run, tmp_path, tiny_base, monkeypatch):
     with pytest.raises(RecipeError, match="padding_free"):
         train(run, changed(run, {"padding_free": True}), tmp_path / "a")
@@ -203,6 +215,7 @@ def test_what_cannot_train_on_images_says_so(run, tmp_path, tiny_base, monkeypat
         train_by_command(recipe, plan, 0, run.mixture, run.folder / "mixture", run.base, run.base_hash, tmp_path / "c")
 
 
+@ONE_FAMILY
 def test_images_travel_with_their_units(run):
     """A worker that trains a branch is given the images of its units, and of no others."""
     ref = FileRef(sha256="0" * 64, size=1)
@@ -210,7 +223,7 @@ def test_images_travel_with_their_units(run):
     stored = StoredRun(recipe={}, base=StoredBase(hash="h"), mixture=files, jobs={"gradients-0": [], "gradients-1": []},
                        lease_seconds=1.0, retries=1)
     plan, _ = load_plan(run.folder / "plan.json", run.mixture)
-    results = {"plan": Result(job="plan", run="r", attempt=0, worker="w", files={"plan.json": ref})}
+    results = {"plan": Result(job="plan", run="0" * 64, attempt=0, worker="w", files={"plan.json": ref})}
     groups = {u.unit: u.group for u in plan.units}
     wanted = {f"mixture/{f}" for u in run.mixture.units if groups[u.name] == 1 for f in u.files}
     assert len(wanted) == 4 and all(p.endswith(".safetensors") for p in wanted)
@@ -219,9 +232,10 @@ def test_images_travel_with_their_units(run):
     assert shards[0] | shards[1] == set(files) and shards[0] & shards[1] == {"mixture/mixture.json"}
 
 
-def test_the_rest_of_the_run_and_a_returned_branch(run):
-    """Merge, evaluation, a probe's hash; then a branch that came back, as it should and with a tower that moved."""
-    run_stages(run, until="evaluate")
+def test_the_merge_diagnoses_and_a_returned_branch(run, whole):
+    """A branch that came back is taken in; with a tower that moved it is refused, and so is its merge."""
+    train(run, run.recipe, run.branch(1), 1)
+    run_stages(run, until="merge")
     frozen = frozen_tensors(run.base, run.recipe.model)
     base, out = Checkpoint.open(run.base), Checkpoint.open(run.folder / "merged")
     assert out.tensors.keys() == base.tensors.keys() and all(out.read(n).equal(base.read(n)) for n in frozen)
@@ -237,12 +251,15 @@ def test_the_rest_of_the_run_and_a_returned_branch(run):
     accept_branch(run, 1, model)
     assert weights(place) == weights(model.parent)
     moved = sorted(frozen)[0]
+    shutil.rmtree(place)
     save_file(kept | {moved: kept[moved] + 1e-3}, model / "model.safetensors", {"format": "pt"})
-    (model / "model.safetensors.index.json").unlink(missing_ok=True)
+    with pytest.raises(ModelError, match=f"tensor '{moved}' was changed .* freezes it"):
+        accept_branch(run, 1, model)
     with pytest.raises(ProvenanceError, match=f"1 of {len(frozen)} tensors: {moved}"):
         merge_checkpoints("token_weighted", run.base, [model], [1.0], run.folder / "other", made_from={}, frozen=frozen)
 
 
+@ONE_FAMILY
 def test_a_probe_s_hash_is_of_its_images_too(run):
     unit = next(u for u in run.mixture.units if u.name == "colour")
     rows = load_unit(run.folder / "mixture" / unit.file, "train")

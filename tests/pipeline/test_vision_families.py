@@ -22,7 +22,16 @@ from anabranch.rows import RowImages, Rows, images_file, load_unit, save_images,
 from anabranch.sources import IMAGE
 from anabranch.templates import Encoded, choose_template, encode_rows
 from anabranch.vision import Vision, load_vision
-from vision_models import FAMILIES, KNOWN, LLAVA_15_PUBLISHED, encoded, picture, read_processor, write_vision_model
+from vision_models import (
+    FAMILIES,
+    KNOWN,
+    LLAVA_15_PUBLISHED,
+    LLAVA_PUBLISHED,
+    encoded,
+    picture,
+    read_processor,
+    write_vision_model,
+)
 
 SIZES = [(56, 56), (84, 56), (28, 28), (100, 40), (40, 120), (57, 83), (300, 200), (15, 200)]
 
@@ -266,6 +275,16 @@ def test_a_template_that_never_ends_a_turn_is_refused_by_name(tmp_path):
     assert vision is not None
     with pytest.raises(MixtureError, match="end-of-turn"):
         encode(vision, ROWS[:1])
+
+
+def test_an_end_of_turn_right_behind_a_template_s_markers_is_trained(tmp_path):
+    """LLaVA interleave's, as published: {% endgeneration %} stands before the end of the turn."""
+    vision = load_vision(write_vision_model(tmp_path, "llava", template=LLAVA_PUBLISHED))
+    assert vision is not None
+    e, two = encode(vision, [ROWS[0], ROWS[3]])
+    assert vision.tokenizer.decode(e.input_ids[e.response == 1]) == "red<|im_end|>"
+    said = vision.tokenizer.decode(two.input_ids[two.response == 1])
+    assert said.replace(" on", "on", 1).replace(" green", "green") == "on the left<|im_end|>green<|im_end|>"
 
 
 def test_length_buckets_keep_images_with_their_rows(made):

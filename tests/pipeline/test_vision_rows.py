@@ -135,7 +135,7 @@ FORMATS: dict[str, tuple[dict[str, Any], str, str]] = {
         "#a",
         "red",
     ),
-    "llava": ({"id": 1, "image": "img/red.png", "conversations": spoken("<image>\na", "ok")}, "#\na", "red"),
+    "llava": ({"id": 1, "image": "img/red.png", "conversations": spoken("<image>\na", "ok")}, "#a", "red"),
     "llava, several": (
         {"image": ["img/red.png", "img/blue.png"], "conversations": spoken("<image>a<image>", "ok")},
         "#a#",
@@ -157,7 +157,7 @@ FORMATS: dict[str, tuple[dict[str, Any], str, str]] = {
         "#a",
         "red",
     ),
-    "alpaca": ({"instruction": "i", "input": "<image>", "output": "ok", "images": ["img/red.png"]}, "i\n\n#", "red"),
+    "alpaca": ({"instruction": "i", "input": "<image>", "output": "ok", "images": ["img/red.png"]}, "i\n#", "red"),
     "alpaca, no marker": ({"instruction": "i", "input": "n", "output": "ok", "image": "img/red.png"}, "#i\n\nn", "red"),
     "an image alone": ({"prompt": "<image>", "completion": "ok", "image": "img/red.png"}, "#", "red"),
     "a data URI": ({"prompt": "a", "completion": "ok", "image": uri("green")}, "#a", "green"),

@@ -73,6 +73,7 @@ from anabranch.recipe import Model as ModelSection
 from anabranch.report.diagnostic_figures import draw_picture
 from anabranch.rows import Rows, budget_indices, load_unit
 from anabranch.run import Run
+from anabranch.vision import load_vision
 
 Passes = Callable[[Subject, Settings], float]
 Measure = Callable[[Subject, Settings], Diagnostic]
@@ -244,7 +245,7 @@ def subject_of_models(base: str, branches: Sequence[str], merged: str | None, jo
     sources = [Source(path=str(Path(d).resolve()) if Path(d).exists() else d) for d in data]
     recipe = Recipe(model=ModelSection(path=str(folders[BASE])), mixture=MixtureSection(sources=sources, max_length=max_length),
                     evaluate=EvaluateSection(transfer=sources), seed=settings.seed, output=Path.cwd() / "diagnostics")
-    rows, excluded = held_out_rows(recipe, load_tokenizer(folders[BASE]))
+    rows, excluded = held_out_rows(recipe, load_tokenizer(folders[BASE]), vision=load_vision(folders[BASE]))
     for line in exclusion_lines(excluded):
         warn(f"left out: {line}")
     labels = [f"branch-{i}" for i in range(len(branches))]

@@ -24,6 +24,7 @@ from anabranch.recipe import EvaluateSection, MixtureSection, Recipe, Source
 from anabranch.recipe import Model as ModelSection
 from anabranch.rows import Rows, generator
 from anabranch.sources import Located, detect_format, is_hub_id, locate, read_rows
+from anabranch.vision import load_vision
 
 TASK = "task"
 TOKENS = {"input_ids", "response"}
@@ -110,7 +111,7 @@ def _read(sources: list[Source], texts: list[str], base: Path, samples: int, see
     recipe = Recipe(model=ModelSection(path=str(base)), evaluate=EvaluateSection(transfer=sources), seed=seed, mixture=mixture,
                     output=Path.cwd() / "measured")
     try:
-        return held_out_rows(recipe, load_tokenizer(base))
+        return held_out_rows(recipe, load_tokenizer(base), vision=load_vision(base))
     except MixtureError as error:
         raise MixtureError(_in_our_words(str(error), texts)) from error
     except RecursionError as error:

@@ -23,6 +23,7 @@ from anabranch.recipe import EvaluateSection, MixtureSection, Recipe, Source
 from anabranch.recipe import Model as ModelSection
 from anabranch.rows import Rows, load_unit
 from anabranch.search.settings import DataSetting
+from anabranch.vision import Vision
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Halves:
         return digest([[name, _rows_hash(self.searched[name]), _rows_hash(self.guard[name])] for name in sorted(self.searched)])
 
 
-def read_halves(data: DataSetting, tokenizer: Any, folder: Path) -> Halves:
+def read_halves(data: DataSetting, tokenizer: Any, folder: Path, vision: Vision | None = None) -> Halves:
     """All rows that a search file asks for, split.
 
     Args:
@@ -55,7 +56,7 @@ def read_halves(data: DataSetting, tokenizer: Any, folder: Path) -> Halves:
     if data.mixture is not None:
         units |= mixture_rows(mixture_folder(data.mixture, folder), data.places)
     if data.sources:
-        read, lines = _source_rows(data, tokenizer, folder)
+        read, lines = _source_rows(data, tokenizer, folder, vision)
         if twice := sorted(units.keys() & read.keys()):
             raise RecipeError(f"data: {', '.join(twice[:5])}: in the mixture and in `sources`. Set another `unit` there.")
         units |= read
@@ -144,13 +145,14 @@ def mixture_rows(folder: Path, places: Sequence[str]) -> dict[str, Rows]:
     return found
 
 
-def _source_rows(data: DataSetting, tokenizer: Any, folder: Path) -> tuple[dict[str, Rows], list[str]]:
+def _source_rows(data: DataSetting, tokenizer: Any, folder: Path,
+                 vision: Vision | None) -> tuple[dict[str, Rows], list[str]]:
     sources = [_placed(source, folder) for source in data.sources]
     held = data.max_rows * 4 if data.max_rows else None  # enough to find different prompts among
     recipe = Recipe(model=ModelSection(path="."), output=Path.cwd() / "searched", evaluate=EvaluateSection(transfer=sources),
                     mixture=MixtureSection(sources=sources, max_length=data.max_length, max_held_out=held,
                                            chat_template=data.chat_template))
-    rows, excluded = held_out_rows(recipe, tokenizer)
+    rows, excluded = held_out_rows(recipe, tokenizer, vision=vision)
     return rows, [f"left out: {line}" for line in exclusion_lines([e for e in excluded if e.rule != "max_samples"])]
 
 

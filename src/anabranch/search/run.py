@@ -52,6 +52,7 @@ from anabranch.search.settings import GenomeSetting, SearchSettings, read_search
 from anabranch.search.space import Space, template_space
 from anabranch.search.tasks import TaskScorer
 from anabranch.templates import tokenizer_hash
+from anabranch.vision import load_vision
 
 BEST, RESULTS = "best_config.yaml", "results.json"
 FAILURES = (AnabranchError, RuntimeError, ValueError, ArithmeticError)  # of a candidate; RuntimeError: of torch, in the model
@@ -232,7 +233,7 @@ def _rows(settings: SearchSettings, donor: Path, home: Path, say: Say) -> tuple[
     if settings.data is None:
         return Halves({}, {}, 0, ()), {}
     tokenizer = load_tokenizer(donor)
-    halves, run = read_halves(settings.data, tokenizer, home), {}
+    halves, run = read_halves(settings.data, tokenizer, home, load_vision(donor)), {}
     for told in halves.told:
         say(told)
     if (said := settings.data.mixture) is not None:
