@@ -51,9 +51,9 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     }
 
 
-def three_units(tmp_path: Path, **options: Any) -> Recipe:
+def three_units(tmp_path: Path, sides: int = 60, **options: Any) -> Recipe:
     for name in "abc":
-        put(tmp_path / name, **{f"{i}_png": noise(30 + 20 * i, 60, i + ord(name)) for i in range(6)})
+        put(tmp_path / name, **{f"{i}_png": noise(30 + 20 * i, sides, i + ord(name)) for i in range(6)})
         write(
             tmp_path / name / f"{name}.jsonl",
             [{"prompt": f"<image>{i}", "completion": "ok", "image": f"{i % 6}.png"} for i in range(12)],
@@ -84,7 +84,7 @@ def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_killed_and_run_again_gives_the_same_bytes(tmp_path, qwen):
-    wanted = three_units(tmp_path, images={"max_pixels": 3136})
+    wanted = three_units(tmp_path, sides=120, images={"max_pixels": 112 * 112})
     whole = build_mixture(wanted, qwen.tokenizer, tmp_path / "whole", base_hash="b", vision=qwen)
 
     def stop(unit: str, done: int, total: int) -> None:
@@ -94,6 +94,7 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path, qwen):
     with pytest.raises(KeyboardInterrupt):
         build_mixture(wanted, qwen.tokenizer, tmp_path / "out", base_hash="b", vision=qwen, progress=stop)
     assert build_mixture(wanted, qwen.tokenizer, tmp_path / "out", base_hash="b", vision=qwen) == whole
+    assert whole.vision is not None and whole.vision.scaled_down
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
     assert not [p for p in (tmp_path / "out").rglob("*") if "tmp" in p.name]
 

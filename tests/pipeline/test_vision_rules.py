@@ -33,7 +33,7 @@ from vision_sources import (
 )
 
 from anabranch import mixture as stage
-from anabranch.errors import MixtureError
+from anabranch.errors import MixtureError, RecipeError
 from anabranch.images import open_image
 from anabranch.pictures import SEEN
 from anabranch.rows import load_unit, read_image
@@ -365,6 +365,15 @@ SIZES = [
     (1000, 37),
     (29, 1200),
 ]
+
+
+def test_a_cap_below_what_the_processor_scales_up_to(tmp_path, qwen):
+    put(tmp_path, one_png=noise(120, 64, 1))
+    row = {"prompt": "a", "completion": "ok", "image": "one.png"}
+    source = {"path": write(tmp_path / "u.jsonl", [row] * 2)}
+    with pytest.raises(RecipeError, match=r"max_pixels: 12,543, .* at least 3,136 pixels.*12,544"):
+        build(tmp_path, qwen, source, images={"max_pixels": 12_543})
+    assert build(tmp_path, qwen, source, images={"max_pixels": 12_544}).vision.scaled_down == 0
 
 
 def test_the_cap_gives_the_pixels_of_qwen_s_own_max_pixels(tmp_path, qwen):

@@ -87,8 +87,9 @@ def _cell(sheet: Image.Image, question: Question, x: int, y: int) -> None:
     lines: list[tuple[str, tuple[int, int, int]]] = [
         (question.unit, FAINT), (question.prompt, INK), (f"wanted: {question.wanted}", INK)]
     lines += [(f"{name}: {answer}", RIGHT if answer == question.wanted else WRONG) for name, answer in question.answers.items()]
+    left = x + GAP + (side + GAP if question.picture is not None else 0)
     for i, (line, colour) in enumerate(lines):
-        pen.text((x + side + 2 * GAP, y + 8 + 22 * i), line.replace("\n", " / "), fill=colour, font=_font())
+        pen.text((left, y + 8 + 22 * i), line.replace("\n", " / "), fill=colour, font=_font())
 
 
 def _font() -> Any:

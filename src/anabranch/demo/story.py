@@ -19,7 +19,7 @@ from anabranch.run import Run, open_run, run_stages
 ARMS = "base,joint,joint_matched,joint_batch:4,soup:4,random:4,stratified:4,merit:2"
 PICTURE_ARMS = "base,joint,joint_matched,random:4,merit:2"
 PICTURE_DIAGNOSTICS = ["displacement", "lmc"]
-MINUTES = 1.0  # for them
+MINUTES, POINTS = 2.0, 11  # for them; places along each segment
 Progress = Callable[[str, str, int, int], None]
 
 
@@ -64,7 +64,7 @@ def tell_picture_story(folder: Path, *, seeds: int, tell: Callable[[str], None],
     comparison = run_comparison(run, parse_arms(arms), range(seeds))
     tell(comparison_markdown(comparison))
     tell("\n4. Is the merge sound?\n")
-    settings = Settings()
+    settings = Settings(points=POINTS)
     run_diagnostics(subject_of_run(run, settings), run.folder / "diagnostics", settings, only=PICTURE_DIAGNOSTICS,
                     minutes=MINUTES, tell=tell, progress=progress)
     tell("\n5. Look at it.\n")

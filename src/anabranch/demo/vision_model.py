@@ -42,10 +42,10 @@ from anabranch.rows import generator
 
 IMAGE = "<image>"
 IMAGE_TOKENS = GRID * GRID  # a patch is a cell
-TOWER_STEPS, BASE_STEPS = 400, 1600
+TOWER_STEPS, BASE_STEPS = 400, 1800
 TOWER_BATCH, BATCH = 64, 32
-FIRST_SHARE = 0.25  # of the steps: text and descriptions alone
-LATER_TEXT, LATER_DESCRIPTIONS = 0.1, 0.12  # of the rows behind that
+FIRST_SHARE = 0.3  # of the steps: text and descriptions alone
+LATER_TEXT, LATER_DESCRIPTIONS = 0.1, 0.16  # of the rows behind that
 TRANSFER_SHARE = 1 / 3  # of the instructions
 PREFERENCE = 0.3  # how often they take a family's first task, over an even draw
 TOWER_RATE, PEAK_RATE = 2e-3, 3e-3
