@@ -272,8 +272,9 @@ def harness(
 def demo(
     folder: Annotated[Path, typer.Argument(help="where to make it")] = Path("demo-run"),
     seeds: Annotated[int, typer.Option(min=1, help="seeds of the comparison")] = 1,
+    vision: Annotated[bool, typer.Option("--vision", help="of pictures: small tasks about shapes, and a tiny LLaVA")] = False,
 ) -> None:
     """The whole story on an embedded mixture and model, in minutes on two cores."""
-    from anabranch.demo.story import tell_story
+    from anabranch.demo.story import tell_picture_story, tell_story
 
-    tell_story(folder, seeds=seeds, tell=_tell, progress=_progress())
+    (tell_picture_story if vision else tell_story)(folder, seeds=seeds, tell=_tell, progress=_progress())

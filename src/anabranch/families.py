@@ -194,20 +194,34 @@ def _renamed(entry: str, file: str, live: str) -> str:
 def saved_names(model: Any) -> dict[str, tuple[str, ...]]:
     """Parameter of a loaded model -> its names in files, as transformers saves it: one, or several (a tied head under its own
     name too; fused experts as one tensor each). Reads no number. An empty tuple where transformers cannot tell."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    stand_ins: dict[int, torch.Tensor] = {}
-    state = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        state[name] = stand_ins.setdefault(id(tensor), torch.empty_like(tensor, device="meta"))
+    state, saved = _saved_state(model)
     files: dict[int, list[str]] = {}
-    for name, tensor in revert_weight_conversion(model, dict(state)).items():
+    for name, tensor in saved.items():
         files.setdefault(id(tensor), []).append(name)
     found = {}
     for name, _ in model.named_parameters():
         same = files.get(id(state[name]))
         found[name] = tuple(same if same is not None else _converted(model, name, state[name]))
     return found
+
+
+def saved_tensors(model: Any) -> tuple[set[str], set[str]]:
+    """(all names under which transformers saves a loaded model, those of them that repeat a tied tensor and may be missing)."""
+    state, saved = _saved_state(model, tied=False)
+    repeats = {id(state[n]) for n in getattr(model, "all_tied_weights_keys", None) or {} if n in state}
+    ignored = {n for n in saved for p in getattr(model, "_keys_to_ignore_on_save", None) or [] if re.search(p, n)}
+    return set(saved) - ignored, {n for n, t in saved.items() if id(t) in repeats}
+
+
+def _saved_state(model: Any, *, tied: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A model's state under its own names and under those in files, with tensors that hold no numbers: the same object where
+    it is the same tensor (`tied`: also under several of its own names)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    stand_ins: dict[int, torch.Tensor] = {}
+    state = {name: stand_ins.setdefault(id(tensor) if tied else -len(stand_ins) - 1, torch.empty_like(tensor, device="meta"))
+             for name, tensor in model.state_dict(keep_vars=True).items()}
+    return state, revert_weight_conversion(model, dict(state))
 
 
 def _converted(model: Any, name: str, stand_in: torch.Tensor) -> list[str]:

@@ -34,9 +34,12 @@ def test_public_names_resolve():
 
 
 def test_the_recipe_in_readme_is_valid(tmp_path):
-    (block,) = [text for kind, text in BLOCKS if kind == "yaml" and "mixture:" in text]
-    (tmp_path / "recipe.yaml").write_text(block)
-    assert load_recipe(tmp_path / "recipe.yaml").split.groups == 4
+    recipes = []
+    for block in (text for kind, text in BLOCKS if kind == "yaml" and "mixture:" in text):
+        (tmp_path / "recipe.yaml").write_text(block)
+        recipes.append(load_recipe(tmp_path / "recipe.yaml"))
+    assert [(r.split.groups, r.model.freeze, r.mixture.images.max_pixels) for r in recipes] == [
+        (4, [], None), (8, ["vision tower", "projector"], 784 * 784)]
 
 
 def test_every_command_in_readme_exists_and_takes_these_options():

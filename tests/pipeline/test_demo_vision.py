@@ -187,18 +187,24 @@ def test_every_layout_is_read_whole(run):
     assert mixture.vision is not None and mixture.vision.scaled_down == 0
 
 
-def test_the_mixture_trains_on_the_answers_and_nothing_else(run):
+def test_every_layout_becomes_the_tokens_that_the_base_was_prepared_with(run):
+    """Whatever the file: the same place for the picture, the same line break behind it, the answer and its end trained."""
     from transformers import AutoTokenizer
+
+    from anabranch.demo.vision_model import samples
 
     tokenizer = AutoTokenizer.from_pretrained(run.base)
     placeholder = tokenizer.convert_tokens_to_ids("<image>")
     for unit in run.mixture.units:
         rows = load_unit(run.folder / "mixture" / unit.file, "held_out")
-        wanted = Counter(r["completion"] + tokenizer.eos_token for r in picture_tasks.unit_rows(unit.name, 0)[1])
-        found: Counter[str] = Counter()
+        wanted = Counter((tuple(s.tokens), s.start) for s in samples(tokenizer, picture_tasks.unit_rows(unit.name, 0)[1]))
+        found: Counter[tuple[tuple[int, ...], int]] = Counter()
         for i in range(len(rows)):
             ids, trained = rows.row(i)
-            found[tokenizer.decode(ids[trained == 1])] += 1
+            (place,) = np.flatnonzero(np.diff(trained, prepend=0) == 1)
+            end = int(np.flatnonzero(trained)[-1]) + 1
+            assert trained[place:end].all() and ids[end - 1] == tokenizer.eos_token_id
+            found[tuple(ids[:end].tolist()), int(place)] += 1
             assert (ids == placeholder).sum() == (16 if unit.name in SEEN else 0)
         assert found == wanted, unit.name
 

@@ -28,6 +28,7 @@ from anabranch.families import (
     frozen_parts,
     frozen_tensors,
     saved_names,
+    saved_tensors,
     skeleton,
 )
 from anabranch.model import load_model, select_trainable
@@ -151,6 +152,8 @@ def test_saved_names_are_those_in_the_files(which, folders):
         held = Checkpoint.open(folders[which]).read(next(f for f in files if f in there))
         assert held.float().equal(dict(model.named_parameters())[live])
     assert saved_names(skeleton(folders[which], False)) == names
+    everything, repeated = saved_tensors(model)
+    assert everything - repeated == there and repeated == ({"lm_head.weight"} if which == "qwen" else set())
 
 
 def renamed(source: Path, to: Path, name: Any) -> Path:

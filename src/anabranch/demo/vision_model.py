@@ -42,10 +42,10 @@ from anabranch.rows import generator
 
 IMAGE = "<image>"
 IMAGE_TOKENS = GRID * GRID  # a patch is a cell
-TOWER_STEPS, BASE_STEPS = 400, 1800
+TOWER_STEPS, BASE_STEPS = 400, 2200
 TOWER_BATCH, BATCH = 64, 32
-FIRST_SHARE = 0.3  # of the steps: text and descriptions alone
-LATER_TEXT, LATER_DESCRIPTIONS = 0.1, 0.16  # of the rows behind that
+FIRST_SHARE = 0.25  # of the steps: text and descriptions alone
+LATER_TEXT, LATER_DESCRIPTIONS = 0.1, 0.12  # of the rows behind that
 TRANSFER_SHARE = 1 / 3  # of the instructions
 PREFERENCE = 0.3  # how often they take a family's first task, over an even draw
 TOWER_RATE, PEAK_RATE = 2e-3, 3e-3
@@ -241,7 +241,7 @@ def prepare_base(folder: Path, *, seed: int, taken: set[str], held_out_text: set
         seed: of the weights, the rows and their order.
         taken: keys (tasks.key) of inputs that the base must not see: the mixture's, training and held-out.
         held_out_text: stories that it must not see.
-        steps: of BATCH rows, behind the tower's: BASE_STEPS takes about 90 s on one core, fewer make a poorer base.
+        steps: of BATCH rows, behind the tower's: BASE_STEPS takes about 100 s on one core, fewer make a poorer base.
         tower_steps: of TOWER_BATCH pictures; 15 s.
         progress: called with ("vision tower" or "base", done, all).
     """
