@@ -12,6 +12,7 @@ from typing import Any
 
 from anabranch.artifacts import Mixture
 from anabranch.branches import train_settings
+from anabranch.containers import SUFFIXES, ZIP
 from anabranch.distribute import check_launch, goes_through_store, store_url
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.errors import AnabranchError, RecipeError
@@ -22,7 +23,6 @@ from anabranch.model import load_tokenizer, resolve_model
 from anabranch.recipe import Recipe, Source
 from anabranch.rows import load_unit
 from anabranch.run import check_ahead, check_groups
-from anabranch.sources import SUFFIXES, ZIP
 from anabranch.training_cost import SHARE, ModelSize, device_lines, memory, operations, size_of
 from anabranch.vision import load_vision
 

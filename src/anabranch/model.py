@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anabranch.engine.fetch import resolve
 from anabranch.errors import ModelError
-from anabranch.families import frozen_names
+from anabranch.families import frozen_names, saved_tensors
 from anabranch.recipe import Model as ModelSection
 from anabranch.rows import Rows, StoredImage
 from anabranch.vision import Vision, load_vision, model_class
@@ -180,6 +180,9 @@ def check_saved_names(model: Any, folder: Path) -> None:
     loaded = set(model.state_dict())
     if with_names - tied == loaded - tied:
         return
+    foretold, repeats = saved_tensors(model)
+    if foretold - repeats <= with_names <= foretold:
+        return
     with tempfile.TemporaryDirectory() as scratch:  # transformers renames some on saving: only saving tells
         model.save_pretrained(scratch)
         saved = set()
@@ -190,8 +193,8 @@ def check_saved_names(model: Any, folder: Path) -> None:
         strange = sorted((saved ^ with_names) - tied)
         raise ModelError(f"model folder {folder}: its tensors are named otherwise than transformers saves them "
                          f"({', '.join(strange[:4])}{', ..' if len(strange) > 4 else ''}), so no trained branch could be "
-                         "merged with it. Write it anew once, and give that folder: AutoModelForCausalLM.from_pretrained("
-                         "OLD).save_pretrained(NEW), and the tokenizer likewise.")
+                         "merged with it. Write it anew once, and give that folder: "
+                         f"{type(model).__name__}.from_pretrained(OLD).save_pretrained(NEW), and the tokenizer likewise.")
 
 
 def release_memory() -> None:

@@ -60,7 +60,7 @@ from anabranch.partition import partition, whole_shares
 from anabranch.plan import load_plan, make_plan, plan_inputs
 from anabranch.recipe import Recipe
 from anabranch.report import write_report
-from anabranch.trainers.command import check_command, train_group
+from anabranch.trainers.command import check_command, refuse_images, train_group
 from anabranch.vision import load_vision
 
 STAGES = ("mixture", "gradients", "conflict", "split", "train", "merge", "evaluate", "report")
@@ -229,6 +229,8 @@ def _mixture_for_split(run: Run) -> Mixture:
     """The mixture, once it is known to hold as many units as the recipe wants groups."""
     check_capacities(run.recipe)
     mixture, split = mixture_stage(run), run.recipe.split
+    if run.recipe.trainer.kind == "command":
+        refuse_images(mixture, "recipe: trainer.command")
     if split.method not in ("joint", "soup"):
         check_groups(len(mixture.units), {f"split.groups ({split.method})": split.groups})
     return mixture

@@ -328,3 +328,30 @@ def test_the_figure_of_sight_is_of_the_pictures(run, monkeypatch):
     monkeypatch.setattr(sheet, "_exchanged", lambda images, seed, unit: images)
     again = sheet.losses_by_sight(run, run.base)
     assert again == (own, own)
+
+
+# ---- the conflict ----------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_conflict_is_found_in_the_gradients_of_a_base_that_is_torn(tmp_path, monkeypatch):
+    """Two families and a short preparation: enough to be torn about colours, not yet to write whole sentences."""
+    from anabranch.demo import story, vision_model
+
+    few = {key: family for key, family in picture_tasks.siblings().items() if key in ("seen colour", "kind")}
+    monkeypatch.setattr(picture_tasks, "siblings", lambda: few)
+    for setting, value in (("FIRST_SHARE", 0.1), ("LATER_TEXT", 0.05), ("LATER_DESCRIPTIONS", 0.0), ("TRANSFER_SHARE", 0.0),
+                           ("BATCH", 16), ("TOWER_BATCH", 16)):
+        monkeypatch.setattr(vision_model, setting, value)
+    recipe = make_picture_demo(tmp_path, base_steps=160)
+    lines = recipe.read_text().replace("calibration_samples: 120", "calibration_samples: 40").splitlines()
+    recipe.write_text("\n".join(line for line in lines if "held_out: ./" not in line or "/colour_" in line or "/kind_" in line))
+    run = open_run(load_recipe(recipe), tell=lambda text: None)
+    run_stages(run, until="conflict")
+    units = {task.name for family in few.values() for task in family}
+    assert {u.name for u in run.mixture.units} == units
+    ranked = story.ranked_pairs(run.folder)
+    assert ranked[0][:2] == ("colour_capitals", "colour_plain") and ranked[0][2] < -0.3
+    assert all(abs(cosine) < 0.2 for a, b, cosine in ranked if a.split("_")[0] != b.split("_")[0])
+    planted = [pair for pair in CONFLICTING_PAIRS if set(pair) <= units]
+    found = sum({*pair[:2]} in ({*p} for p in planted) for pair in ranked[:2])
+    assert f"Of the 2 most conflicting pairs {found} were planted" in story.fiercest_line(run.folder, planted)
