@@ -219,10 +219,12 @@ def mixture_stage(run: Run) -> Mixture:
 def image_line(vision: MixtureVision) -> str:
     """How many images there are, the tokens that they cost, and what the pixel cap saves."""
     spared = vision.image_tokens_uncapped - vision.image_tokens
-    capped = (f"; {vision.scaled_down:,} scaled down to {vision.max_pixels:,} pixels, which spares {spared:,} tokens"
-              if vision.max_pixels else "; no `mixture.images.max_pixels`")
-    return (f"images: {vision.images:,} of {vision.smallest:,} to {vision.largest:,} tokens each (median {vision.median:,}), "
-            f"{vision.image_tokens:,} tokens of one budget{capped}")
+    each = (f"{vision.smallest:,}" if vision.smallest == vision.largest
+            else f"{vision.smallest:,} to {vision.largest:,} (median {vision.median:,})")
+    capped = ""
+    if vision.scaled_down:
+        capped = f"; {vision.scaled_down:,} scaled down to {vision.max_pixels:,} pixels, which spares {spared:,} tokens"
+    return f"images: {vision.images:,} of {each} tokens each, {vision.image_tokens:,} tokens of one budget{capped}"
 
 
 def _mixture_for_split(run: Run) -> Mixture:

@@ -55,7 +55,7 @@ TELLS = {"llava": "LLaVA: an `image` path, and <image> in the text",
 
 RECIPE = """\
 # The picture demo: {units} small tasks, most of them about pictures, some of which want opposite answers to one question, and
-# a LLaVA-type base of 380,000 parameters. `anabranch run recipe.yaml` does it all. Paths are relative to this file.
+# a LLaVA-type base of 370,000 parameters. `anabranch run recipe.yaml` does it all. Paths are relative to this file.
 
 model:
   path: ./base                     # every branch starts from it; its processor is used as it is
@@ -65,7 +65,7 @@ mixture:
   epochs: 2                        # passes over each unit
   max_length: 96                   # tokens, those of images included; longer rows would be left out and named (there are none)
   images:
-    max_pixels: {side}x{side}            # larger ones would be scaled down (there are none); the paper: 784x784
+    max_pixels: {side}x{side}              # larger ones would be scaled down (there are none); the paper: 784x784
   sources:                         # their held-out rows are never trained or calibrated on
 {sources}
 

@@ -1,4 +1,4 @@
-"""The picture demo's base: a LLaVA-type model of 380,000 parameters, with its tokenizer and processor, made on the spot.
+"""The picture demo's base: a LLaVA-type model of 370,000 parameters, with its tokenizer and processor, made on the spot.
 
     B  pictures or rows of a batch      S  padded length      n  positions that the loss is taken on      C  cells of a picture
 
