@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import shutil
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -55,13 +56,18 @@ def read_rows(path: Path, member: str = "") -> Iterator[tuple[int, dict[str, Any
         raise MixtureError(f"{shown}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
 
 
+def open_zip(path: Path | str) -> zipfile.ZipFile:
+    """Raises MixtureError."""
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+        raise MixtureError(f"{path}: not a readable zip file ({error}). Fetch it again.") from error
+
+
 def members(path: Path) -> list[str]:
     """The files of rows in a zip: those of the folder nearest to its top that has any. Raises MixtureError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [i.filename for i in archive.infolist() if i.filename.endswith(SUFFIXES)]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise MixtureError(f"{path}: not a readable zip file ({error}). Fetch it again.") from error
+    with open_zip(path) as archive:
+        names = [i.filename for i in archive.infolist() if i.filename.endswith(SUFFIXES)]
     names = [n for n in names if not n.startswith("__MACOSX/") and not n.rsplit("/", 1)[-1].startswith(".")]
     if not names:
         raise MixtureError(f"{path}: the zip holds no file of rows ({' '.join(SUFFIXES)}). If it holds images of rows that lie "
@@ -73,7 +79,7 @@ def members(path: Path) -> list[str]:
 @contextlib.contextmanager
 def _unzipped(path: Path, member: str) -> Iterator[IO[bytes]]:
     """A member of a zip in an unnamed temporary file, as Parquet is read from its end. Raises MixtureError."""
-    with zipfile.ZipFile(path) as archive, tempfile.TemporaryFile() as out:
+    with open_zip(path) as archive, tempfile.TemporaryFile() as out:
         info = archive.getinfo(member)
         if info.file_size > MOST_UNZIPPED or info.flag_bits & 1:
             why = "encrypted" if info.flag_bits & 1 else f"{info.file_size:,} bytes; {MOST_UNZIPPED:,} are unpacked at most"
@@ -111,7 +117,7 @@ def _jsonl(text: Iterable[str], path: str) -> Iterator[tuple[int, dict[str, Any]
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MixtureError(f"{path}, line {number}: not JSON ({error}). Mend the line or take it out.") from error
         yield number, _object(value, f"{path}, line {number}")
 
@@ -123,6 +129,10 @@ def _json(text: io.TextIOWrapper, path: str) -> Iterator[tuple[int, dict[str, An
         hint = " One object per line? Then name it .jsonl." if error.msg == "Extra data" else ""
         where = f"{path}, line {error.lineno}"
         raise MixtureError(f"{where}: not JSON ({error.msg}, column {error.colno}).{hint}") from error
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise MixtureError(f"{path}: not JSON that can be read ({error}).") from error
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     if not isinstance(value, list):

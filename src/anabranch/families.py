@@ -309,7 +309,7 @@ def skeleton(base: Path, trust: bool) -> Any:
 
 
 def adapter_arguments(model: Any, section: ModelSection) -> dict[str, Any]:
-    """`model.lora` for peft.LoraConfig, with the frozen linear layers kept out of it (`exclude_modules`).
+    """`model.lora` for peft.LoraConfig, with the frozen layers kept out of it (`exclude_modules`).
 
     Raises:
         RecipeError: adapters that would train what `model.freeze` holds still.
@@ -318,13 +318,13 @@ def adapter_arguments(model: Any, section: ModelSection) -> dict[str, Any]:
     lora = dict(section.lora or {})
     if not section.freeze:
         return lora
-    still = frozen_names(model, section)
-    head = model.get_output_embeddings()
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    frozen = sorted(n for n in linear if f"{n}.weight" in still)
-    problems = _adapter_problems(lora, still)
+    canonical, still = _canonical(model), frozen_names(model, section)
+    problems = _adapter_problems(model, lora, {n for n, c in canonical.items() if c in still})
     if problems:
         raise RecipeError.of("recipe: model.lora and model.freeze do not fit together:", problems)
+    # every kind of layer that `target_modules` may name; a tied head goes by its own name there
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)}
+    frozen = sorted(n for n in layers if canonical.get(f"{n}.weight") in still)
     if not frozen:
         return lora
     own = lora.get("exclude_modules")
@@ -332,16 +332,24 @@ def adapter_arguments(model: Any, section: ModelSection) -> dict[str, Any]:
     return lora | {"exclude_modules": "|".join([*asked, *map(re.escape, frozen)])}
 
 
-def _adapter_problems(lora: Mapping[str, Any], still: set[str]) -> list[str]:
+def _adapter_problems(model: Any, lora: Mapping[str, Any], still: set[str]) -> list[str]:
+    """What would train frozen parameters beside the low-rank factors; `still`: under all their names, tied ones too."""
     problems = []
     if lora.get("bias", "none") == "all" and any(n.endswith(".bias") for n in still):
         problems.append("`bias: all` trains the frozen parts' biases too. Say `lora_only` or `none`")
-    for name in lora.get("modules_to_save") or []:
-        if held := sorted(n for n in still if name in n.split(".")):
+    for name in lora.get("modules_to_save") or []:  # peft takes every module whose name ends so
+        if held := sorted(n for n in still if any(end.endswith(name) for end in _modules_above(n))):
             problems.append(f"`modules_to_save: {name}` would train {held[0]}, which is frozen")
-    for key in ("target_parameters", "trainable_token_indices"):
-        named = lora.get(key) or []
-        wanted = list(named) if isinstance(named, (dict, list)) else ["embed_tokens"]
-        if held := sorted(n for n in still for w in wanted if f".{w}." in f".{n}."):
+    embedding = next((n for n, m in model.named_modules() if m is model.get_input_embeddings()), "embed_tokens")
+    rows = lora.get("trainable_token_indices") or []
+    for key, named in (("target_parameters", lora.get("target_parameters") or []),
+                       ("trainable_token_indices", list(rows) if isinstance(rows, dict) else [embedding])):
+        if lora.get(key) and (held := sorted(n for n in still for w in named if f".{w}." in f".{n}.")):
             problems.append(f"`{key}` would train {held[0]}, which is frozen")
     return problems
+
+
+def _modules_above(name: str) -> list[str]:
+    """The modules that a parameter lies in, innermost first."""
+    words = name.split(".")
+    return [".".join(words[:i]) for i in range(len(words) - 1, 0, -1)]

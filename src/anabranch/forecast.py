@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import glob
 import math
+import signal
+import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from anabranch.artifacts import Mixture
 from anabranch.branches import train_settings
@@ -21,10 +28,10 @@ from anabranch.jobs import job_table
 from anabranch.mixture import build_mixture
 from anabranch.model import load_tokenizer, resolve_model
 from anabranch.recipe import Recipe, Source
-from anabranch.rows import load_unit
+from anabranch.rows import Rows, load_unit
 from anabranch.run import check_ahead, check_groups
 from anabranch.training_cost import SHARE, ModelSize, device_lines, memory, operations, size_of
-from anabranch.vision import load_vision
+from anabranch.vision import Vision, load_vision
 
 Progress = Callable[[str, str, int, int], None]
 
@@ -51,11 +58,13 @@ class Base:
 
 @dataclass(frozen=True)
 class Dry:
-    """A mixture that was made and thrown away. size: bytes of its files. longest: tokens of its longest training row."""
+    """A mixture that was made and thrown away. size: bytes of its files. longest: tokens of its longest training row;
+    pictured: at most of images in one."""
 
     mixture: Mixture
     size: int
     longest: int
+    pictured: int
 
     @property
     def image_tokens(self) -> int:
@@ -130,12 +139,33 @@ def _dry_mixture(recipe: Recipe, base: Path, progress: Progress) -> Dry | None:
         return None
     trust = recipe.model.trust_remote_code
     tokenizer, vision = load_tokenizer(base, trust_remote_code=trust), load_vision(base, trust_remote_code=trust)
-    with tempfile.TemporaryDirectory() as folder:
+    with _stopped_by_exception(), tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         mixture = build_mixture(recipe, tokenizer, out, vision=vision, base_hash="dry run",
                                 progress=lambda *a: progress("mixture", *a))
+        units = [load_unit(out / unit.file, "train") for unit in mixture.units]
         return Dry(mixture, sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
-                   max(int(load_unit(out / unit.file, "train").lengths.max()) for unit in mixture.units))
+                   max(int(rows.lengths.max()) for rows in units),
+                   max((_most_of_images(rows, vision) for rows in units if rows.images is not None), default=0))
+
+
+@contextlib.contextmanager
+def _stopped_by_exception() -> Iterator[None]:
+    """SIGTERM as Ctrl-C: an exception, so that a temporary folder of images does not stay behind."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _most_of_images(rows: Rows, vision: Vision | None) -> int:
+    """Tokens of images in the row that has most: a row may have several."""
+    ids = list(vision.image_ids) if vision is not None else []
+    return int(np.add.reduceat(np.isin(rows.input_ids, ids), rows.offsets[:-1], dtype=np.int64).max())
 
 
 def _mixture_lines(recipe: Recipe, dry: Dry | None) -> list[str]:
@@ -172,6 +202,7 @@ def _image_lines(mixture: Mixture) -> list[str]:
 def _stage_lines(recipe: Recipe, dry: Dry | None, base: Base | None) -> list[str]:
     split, settings = recipe.split, train_settings(recipe)
     count = 1 if split.method == "joint" else split.groups
+    shares = _shares(recipe, count)
     batch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
     lines = [f"gradients  at most {recipe.gradients.calibration_samples} rows a unit, sketch {recipe.gradients.sketch}"
              + (f" of {recipe.gradients.size:,} numbers per half" if recipe.gradients.sketch == "fold" else "")
@@ -180,15 +211,24 @@ def _stage_lines(recipe: Recipe, dry: Dry | None, base: Base | None) -> list[str
     steps = ""
     if dry is not None:
         samples = sum(u.samples for u in dry.mixture.units) * settings["num_train_epochs"]
-        steps = f", about {math.ceil(samples / count / batch):,} steps each"
+        least, most = (math.ceil(samples * share / batch) for share in (min(shares), max(shares)))
+        steps = f", about {most:,} steps each" if least == most else f", about {least:,} to {most:,} steps"
         if split.method != "soup":
             check_groups(len(dry.mixture.units), {f"split.groups ({split.method})": count})
     lines.append(f"train      {count} branches, {recipe.launch.max_parallel} at a time, {batch} rows a step{steps}; "
                  f"learning rate {settings['learning_rate']}")
     if base is not None:
-        lines += [*_work_lines(recipe, dry, base, count), *_disk_lines(recipe, dry, base, count)]
+        lines += [*_work_lines(recipe, dry, base, shares), *_disk_lines(recipe, dry, base, count)]
     return [*lines, *_store_lines(recipe, dry, count, base), f"output     {recipe.output}",
             "Nothing was written. Without --dry-run the same command starts."]
+
+
+def _shares(recipe: Recipe, count: int) -> list[float]:
+    """Of the mixture's samples that each branch gets, about."""
+    capacities = recipe.split.capacities
+    if count == 1 or capacities is None:
+        return [1 / count] * count
+    return [c / sum(capacities) for c in capacities]
 
 
 def _gradient_work(recipe: Recipe, dry: Dry | None, base: Base | None) -> str:
@@ -197,11 +237,12 @@ def _gradient_work(recipe: Recipe, dry: Dry | None, base: Base | None) -> str:
     most = recipe.gradients.calibration_samples
     shares = [(u, min(1.0, most / u.samples)) for u in dry.mixture.units if u.samples]
     tokens, images = (sum(int(getattr(u, what) * share) for u, share in shares) for what in ("tokens", "image_tokens"))
-    return f"; {tokens:,} tokens, {operations(base.size, tokens, images, recompute=False):.1e} operations"
+    whole = dataclasses.replace(base.size, adapters=False)  # the sketch is of the weights that adapters would sit on
+    return f"; {tokens:,} tokens, {operations(whole, tokens, images, recompute=False):.1e} operations"
 
 
-def _work_lines(recipe: Recipe, dry: Dry | None, base: Base, count: int) -> list[str]:
-    """Operations, memory and hours of the branches, all of one size."""
+def _work_lines(recipe: Recipe, dry: Dry | None, base: Base, shares: list[float]) -> list[str]:
+    """Operations, memory and hours of the branches."""
     if dry is None or base.size is None:
         return []
     settings, bfloat16 = train_settings(recipe), recipe.model.dtype == "bfloat16"
@@ -209,17 +250,17 @@ def _work_lines(recipe: Recipe, dry: Dry | None, base: Base, count: int) -> list
     epochs = settings["num_train_epochs"]
     work = operations(base.size, int(dry.mixture.tokens * epochs), int(dry.image_tokens * epochs), recompute=recompute)
     rows = settings["per_device_train_batch_size"]
-    largest = dry.mixture.vision.largest if dry.mixture.vision is not None else 0
-    need = memory(base.size, rows=rows, row_tokens=dry.longest, row_image_tokens=min(largest, dry.longest), bfloat16=bfloat16,
+    need = memory(base.size, rows=rows, row_tokens=dry.longest, row_image_tokens=dry.pictured, bfloat16=bfloat16,
                   recompute=recompute)
     half = f", bfloat16 copies {need.half / 1e9:,.2f}" if bfloat16 else ""
     lines = [f"work       {work:.2e} operations in all branches"
              + (", activations computed twice" if recompute else "")
-             + f"; {base.size.trained:,} parameters train",
+             + ("; adapters train, which are not counted" if base.size.adapters else
+                f"; {base.size.trained:,} parameters train"),
              f"memory     about {need.total / 1e9:,.2f} GB a branch: weights {need.weights / 1e9:,.2f}, gradients "
              f"{need.gradients / 1e9:,.2f}, AdamW {need.optimizer / 1e9:,.2f}{half}, activations {need.activations / 1e9:,.2f} "
              f"({rows} rows of up to {dry.longest:,} tokens at a time)"]
-    hours = device_lines([work / count] * count, need.total, bfloat16=bfloat16)
+    hours = device_lines([work * share for share in shares], need.total, bfloat16=bfloat16)
     return [*lines, f"hours      of training, if {SHARE:.0%} of the dense peak is reached (an assumption):",
             *(f"           {line}" for line in hours)]
 

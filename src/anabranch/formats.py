@@ -22,7 +22,7 @@ from anabranch.errors import MixtureError
 Messages = list[dict[str, str]]
 IMAGE = "\ufffc"  # where an image stands in a message
 MARKER = "<image>"
-ON_A_LINE = re.compile(f"\\n?{MARKER}\\n?")  # a line break beside it is the marker's: templates write their own
+ON_A_LINE = re.compile(f"{MARKER}\\n|\\n{MARKER}(?!\\n)|{MARKER}")  # one line break is the marker's: templates write their own
 NEXT = object()  # the next image of the column
 # format -> the columns it needs, in the order of detection; `text` is never guessed
 FORMATS = {"messages": ("messages",), "sharegpt": ("conversations",), "alpaca": ("instruction", "output"),
@@ -77,6 +77,8 @@ def to_messages(row: Mapping[str, Any], form: str, *, images: bool = True) -> tu
     messages = _messages(row, form, shown)
     if not images and not column and all(p is NEXT for p in shown.places) and shown.bare:
         raise Malformed(f"holds a part that is no text ({shown.bare[:60]})")
+    if images and shown.strange and form != "text":
+        raise Malformed("its text holds the character U+FFFC, which stands for an image here")
     return messages, _images(messages, column, shown)
 
 
@@ -86,8 +88,6 @@ def _images(messages: Messages, images: list[Any], shown: _Shown) -> list[Any]:
         _place_in_text(messages, len(images), shown)
     if not (images or shown.places):
         return []
-    if shown.strange:
-        raise Malformed("its text holds the character U+FFFC, which stands for an image here")
     if any(IMAGE in m["content"] for m in messages if m["role"] == "assistant"):
         raise Malformed("an image in an assistant turn: models write text here")
     places = sum(p is NEXT or isinstance(p, int) for p in shown.places)

@@ -8,9 +8,11 @@ whole. Pixels come out as transformers' `load_image` gives them: turned as EXIF 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MOST_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: 256 MiB as RGB, which each thread may take
 MOST_BYTES = 2**28  # of an encoded image
+MOST_STRETCHED = 200  # long side over short side: Qwen's limit. Processors that scale the short side up would need gigabytes
 STILLS = ("JPEG", "MPO")  # MPO: Pillow's word for a JPEG of a camera that keeps a preview behind the picture
-_opening = threading.Lock()  # warnings' filters are of the whole process
 
 
 class BadImage(ValueError):
@@ -29,6 +31,32 @@ class BadImage(ValueError):
     def __init__(self, rule: str, why: str) -> None:
         super().__init__(why)
         self.rule, self.why = rule, why
+
+
+class _Quiet:
+    """Pillow's warnings of odd files are kept back until the last thread is through: what matters in a file, a rule tells.
+    Filters of warnings are of the whole process: the first thread changes them, and the last one changes them back."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self.lock:
+            if not self.inside:
+                self.before.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self.inside += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                if not self.inside:
+                    self.before.close()
+
+
+_quiet = _Quiet()
 
 
 def open_image(data: bytes, *, max_pixels: int = MOST_PIXELS) -> Image:
@@ -44,12 +72,13 @@ def open_image(data: bytes, *, max_pixels: int = MOST_PIXELS) -> Image:
 
     if len(data) > MOST_BYTES:
         raise BadImage("huge_image", f"{len(data):,} bytes, at most {MOST_BYTES:,} are read")
-    image = _header(data, max_pixels)
-    try:
-        image.load()
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # each of Pillow's decoders raises what it likes on damaged data
-        raise BadImage("broken_image", f"damaged or cut short ({_short(error)})") from error
+    with _quiet():
+        image = _header(data, max_pixels)
+        try:
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+        except Exception as error:  # each of Pillow's decoders raises what it likes on damaged data
+            raise BadImage("broken_image", f"damaged or cut short ({_short(error)})") from error
 
 
 def _header(data: bytes, max_pixels: int) -> Any:
@@ -59,12 +88,10 @@ def _header(data: bytes, max_pixels: int) -> Any:
     if not data:
         raise BadImage("broken_image", "no bytes")
     try:
-        with _opening, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
         several = image.format not in STILLS and bool(getattr(image, "is_animated", False))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise BadImage("huge_image", f"more than {max_pixels:,} pixels ({_short(error)})") from error
     except UnidentifiedImageError as error:
         raise BadImage("broken_image", f"no image of a format that is read here ({', '.join(FORMATS)}); begins with "

@@ -12,7 +12,7 @@ from anabranch.artifacts import Exclusion
 from anabranch.errors import MixtureError
 from anabranch.pictures import Pictures
 from anabranch.recipe import Recipe, Source
-from anabranch.sources import Located, Rejected, Row, Split, UnitRows, is_hub_id, label_of, locate, read_source
+from anabranch.sources import IMAGE, Located, Rejected, Row, Split, UnitRows, is_hub_id, label_of, locate, read_source
 
 Place = Literal["units", "transfer", "retention"]
 PLACES: tuple[Place, ...] = ("units", "transfer", "retention")
@@ -169,3 +169,15 @@ def count(unit: str, rejected: Sequence[Rejected]) -> list[Exclusion]:
     return [Exclusion.model_validate({"unit": unit, "rule": rule, "split": split, "rows": len(some),
                                       "example": f"{some[0].where}: {some[0].why}" if some[0].where else some[0].why})
             for (rule, split), some in groups.items()]
+
+
+def prompts_alone(rows: Sequence[Row]) -> list[Row]:
+    """Prompts as plain text. Of rows with images what is left without them, each once: a task asks the same of every image."""
+    texts, said = [], set()
+    for row in rows:
+        text = row.prompt.replace(IMAGE, "") if row.images else row.prompt
+        if row.images and (text in said or not text.strip()):
+            continue
+        said.add(text)
+        texts.append(Row(row.where, [{"role": "text", "content": text}]))
+    return texts

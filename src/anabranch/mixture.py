@@ -37,12 +37,12 @@ import numpy as np
 
 from anabranch.artifacts import AuditRow, Exclusion, Mixture, Unit, digest, file_digest, write_atomically
 from anabranch.errors import CorruptedError, MixtureError, OutputError
-from anabranch.material import MAKING, PLACES, Entry, Material, Place, count, locate_all, read_all, settings_of
+from anabranch.material import MAKING, PLACES, Entry, Material, Place, count, locate_all, prompts_alone, read_all, settings_of
 from anabranch.mixture_summary import UnitImages, audit_row, look_back, summary
 from anabranch.pictures import Pictures
 from anabranch.recipe import Recipe
 from anabranch.rows import Rows, budget_indices, generator, images_file, save_unit
-from anabranch.sources import IMAGE, Rejected, Row, Split, UnitRows
+from anabranch.sources import Rejected, Row, Split, UnitRows
 from anabranch.templates import Encoded, Template, choose_template, encode_rows, render, tokenizer_hash
 from anabranch.unit_images import Eye, Look, Stored, check_row, passing_folder, store, whole
 from anabranch.vision import Vision
@@ -255,7 +255,7 @@ def _build_all(making: _Making, material: Material, progress: Progress) -> dict[
     for _, unit in sorted(material.units.items()):
         made = build("units", unit)
         if prompts and unit.format != "text" and made.unit is not None and made.held_out:
-            texts = _prompts(made.held_out)
+            texts = prompts_alone(made.held_out)
             build("retention", UnitRows(unit.name, unit.source, "text", unit.settings, held_out=texts))
         else:
             done += prompts
@@ -302,18 +302,6 @@ def _build_unit(making: _Making, place: Place, unit: UnitRows) -> _Built:
     return built
 
 
-def _prompts(rows: Sequence[Row]) -> list[Row]:
-    """Prompts as plain text. Of rows with images what is left without them, each once: a task asks the same of every image."""
-    texts, said = [], set()
-    for row in rows:
-        text = row.prompt.replace(IMAGE, "") if row.images else row.prompt
-        if row.images and (text in said or not text.strip()):
-            continue
-        said.add(text)
-        texts.append(Row(row.where, [{"role": "text", "content": text}]))
-    return texts
-
-
 def _save(making: _Making, unit: UnitRows, path: Path, train: _Drawn, held_out: _Drawn) -> tuple[str, UnitImages | None]:
     """Write a unit's rows, after their images: (SHA-256 of the file, what its images came to)."""
     if making.eye is None or not any([*train.looks, *held_out.looks]):
@@ -358,7 +346,9 @@ def _unit_key(making: _Making, place: Place, unit: UnitRows) -> str:
     rejected = [[r.split, r.rule, r.where, r.why] for r in unit.rejected]
     settings = [section.max_length, section.max_held_out, section.min_samples, section.max_samples, section.max_tokens,
                 section.epochs, own.max_samples, own.max_tokens, own.epochs, making.recipe.seed]
-    seeing = [making.eye.vision.hash, making.eye.max_pixels] if making.eye is not None else []
+    seeing: list[Any] = [] if making.eye is None else [making.template.placeholder, making.image_ids.tolist()]
+    if making.eye is not None and any(row.images for row in (*unit.train, *unit.held_out)):
+        seeing = [making.eye.vision.hash, making.eye.max_pixels]
     return digest([MAKING, place, unit.name, unit.source, unit.format, rows.hexdigest(), digest(rejected), settings,
                    making.made_from["tokenizer"], making.made_from["chat_template"], *seeing])
 

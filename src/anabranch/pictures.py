@@ -7,9 +7,10 @@ ever in memory.
 Paths come from the data and are not trusted. A root is a folder or a zip; a path that leads out of it, by `..`, as an
 absolute path or over a symbolic link, is refused. Members of a zip are read, never unpacked.
 
-    out/.images.json     path, size and time of change -> SHA-256; SHA-256 -> sides of the image; the files each source uses
+    out/.images.json     path, size, times of change and inode -> SHA-256; SHA-256 -> sides of the image; the paths each source
+                         uses, as its rows spell them
 
-spares reading every image again to see that nothing changed, as git's index does: a file of the size and time that are
+spares reading every image again to see that nothing changed, as git's index does: a file of the size, times and inode that are
 written there is taken for the same, except where it changed within two seconds before the writing.
 """
 
@@ -33,13 +34,17 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from anabranch.artifacts import digest, write_atomically
+from anabranch.containers import open_zip
 from anabranch.errors import MixtureError, OutputError
+from anabranch.formats import encodable
 from anabranch.images import FORMATS, MOST_BYTES, MOST_PIXELS, BadImage
 
 SEEN = ".images.json"
+RULES = ("missing_image", "broken_image", "huge_image", "animated_image")
 FRESH = 2_000_000_000  # nanoseconds: a file may change again without a new time
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-LIMITS = [1, MOST_BYTES, MOST_PIXELS, list(FORMATS)]  # what sizes were found under
+PATH_BYTES = 4096  # more is no path
+LIMITS = [2, MOST_BYTES, MOST_PIXELS, list(FORMATS)]  # what sizes were found under
 
 
 class Outside(ValueError):
@@ -66,6 +71,7 @@ class Root:
     folder: str = ""
     archive: str = ""
     inside: str = ""
+    given: str = ""  # the folder as the recipe calls it: a link on the way may lead elsewhere next time
 
     @property
     def shown(self) -> str:
@@ -75,7 +81,7 @@ class Root:
 def root_of(path: Path) -> Root:
     """The root that a recipe's `images` names. Raises MixtureError."""
     if path.is_dir():
-        return Root(folder=os.path.realpath(path))
+        return Root(folder=os.path.realpath(path), given=str(path))
     if path.is_file() and zipfile.is_zipfile(path):
         return Root(archive=str(path))
     raise MixtureError(f"images: {path} is neither a folder nor a .zip file.")
@@ -106,7 +112,7 @@ class Pictures:
         self._files: dict[str, list[Any]] = {}
         self._used: dict[str, list[str]] = {}
         self._touched: set[str] = set()
-        self._whole: set[str] = set()
+        self._met: set[str] = set()
         self.sizes: dict[bytes, tuple[int, int] | tuple[str, str]] = {}
         self._load()
 
@@ -160,37 +166,47 @@ class Pictures:
             raise BadImage("missing_image", f"not downloaded: {name[:120]}")
         if name.startswith("data:"):
             raise BadImage("broken_image", f"a data URI that is no base64: {name[:40]}")
-        return self._member(name, root) if root.archive else self._file(name, root.folder)
+        if not encodable(name):
+            raise BadImage("missing_image", f"{name[:120]!r} is no text")
+        if len(name.encode()) > PATH_BYTES:
+            raise BadImage("missing_image", f"{name[:40]!r} and {len(name) - 40:,} characters more are no path. If it is "
+                                            "the image in base64, write data:image/png;base64, before it")
+        return self._member(name, root) if root.archive else self._file(name, root)
 
-    def _file(self, name: str, root: str) -> Picture:
-        path = self._resolved(name, root)
-        label = os.path.relpath(path, self.base)
-        self._touched.add(label)
-        sha, size = self._hash(label, path)
+    def _file(self, name: str, root: Root) -> Picture:
+        self._touched.add(os.path.join(os.path.relpath(root.given, self.base), name))
+        path = self._resolved(name, root.folder)
+        sha, size = self._hash(path)
         return Picture(name, sha, size, (path,))
 
     def _resolved(self, name: str, root: str) -> str:
         """The real path of a regular file inside the root. Raises Outside, BadImage."""
+        if "\0" in name:
+            raise BadImage("missing_image", f"{name[:120]!r} names no file")
         try:
-            os.fsencode(name)
-            if "\0" in name:
-                raise BadImage("missing_image", f"{name[:120]!r} names no file")
-            parent, last = os.path.split(os.path.join(root, name))
-            if last in ("", ".", ".."):
-                parent, last = os.path.realpath(os.path.join(parent, last)), ""
-            if parent not in self._parents:
-                self._parents[parent] = os.path.realpath(parent)
-            path = os.path.join(self._parents[parent], last).rstrip(os.sep) or os.sep
-            if _within(path, root) and os.path.islink(path):
-                path = os.path.realpath(path)
-            if not _within(path, root) and path != root:
-                raise Outside(name)
+            path = self._real(os.path.join(root, name))
         except (OSError, UnicodeError) as error:
-            raise BadImage("missing_image", f"{name[:120]!r}: {error}") from error
+            raise BadImage("missing_image", f"{name[:120]!r}: {getattr(error, 'strerror', None) or error}") from error
+        if not _within(path, root) and path != root:
+            raise Outside(name)
         return path
 
-    def _hash(self, label: str, path: str) -> tuple[bytes, int]:
+    def _real(self, path: str) -> str:
+        """Without links and dots; a folder is looked at once."""
+        parent, last = os.path.split(path)
+        if last in ("", ".", ".."):
+            parent, last = os.path.realpath(path), ""
+        if parent not in self._parents:
+            self._parents[parent] = os.path.realpath(parent)
+        path = os.path.join(self._parents[parent], last).rstrip(os.sep) or os.sep
+        return os.path.realpath(path) if os.path.islink(path) else path
+
+    def _hash(self, path: str) -> tuple[bytes, int]:
         """(SHA-256, bytes) of a file. Raises BadImage."""
+        label = os.path.relpath(path, self.base)
+        if not encodable(label):
+            raise BadImage("missing_image", f"{label[:120]!r} is no text")
+        self._met.add(label)
         try:
             about = os.stat(path)
             if not stat.S_ISREG(about.st_mode):
@@ -198,11 +214,11 @@ class Pictures:
             if about.st_size > MOST_BYTES:
                 raise BadImage("huge_image", f"{about.st_size:,} bytes, at most {MOST_BYTES:,} are read")
             known = self._files.get(label)
-            if known is None or known[:2] != [about.st_size, about.st_mtime_ns]:
+            if known is None or known[:-1] != _mark(about):
                 with open(path, "rb") as file:
-                    known = [about.st_size, about.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
+                    known = [*_mark(about), hashlib.file_digest(file, "sha256").hexdigest()]
                 self._files[label] = known
-            return bytes.fromhex(known[2]), about.st_size
+            return bytes.fromhex(known[-1]), about.st_size
         except OSError as error:
             raise BadImage("missing_image", f"{label}: {error.strerror or error}") from error
 
@@ -213,31 +229,30 @@ class Pictures:
         if name.startswith("/") or all(f"{place}/".startswith("../") for place in places):
             raise Outside(name)
         member = next((place for place in places if place in archive.NameToInfo), None)
-        label = f"{os.path.relpath(root.archive, self.base)}\0{member or next(iter(places))}"
+        shown = os.path.relpath(root.archive, self.base)
+        label = f"{shown}\0{member or next(iter(places))}"
         self._touched.add(label)
         if member is None:
-            raise BadImage("missing_image", f"{root.archive} has no member {name[:120]!r}")
+            raise BadImage("missing_image", f"{shown} has no member {name[:120]!r}")
         sha, size = self._hash_member(label, root.archive, member)
         return Picture(name, sha, size, (root.archive, member))
 
     def archive(self, path: str) -> zipfile.ZipFile:
         """An open zip file. Raises MixtureError."""
         if path not in self._archives:
-            try:
-                self._archives[path] = zipfile.ZipFile(path)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise MixtureError(f"{path}: not a readable zip file ({error}). Fetch it again.") from error
+            self._archives[path] = open_zip(path)
         return self._archives[path]
 
     def _hash_member(self, label: str, archive: str, member: str) -> tuple[bytes, int]:
         size = self.archive(archive).NameToInfo[member].file_size
-        about = _zip_stat(archive)
+        about = _mark(os.stat(archive))
         known = self._files.get(label)
-        if known is None or known[:2] != list(about):
+        self._met.add(label)
+        if known is None or known[:-1] != about:
             data = read_member(self.archive(archive), member)
             known = [*about, hashlib.sha256(data).hexdigest()]
             self._files[label] = known
-        return bytes.fromhex(known[2]), size
+        return bytes.fromhex(known[-1]), size
 
     # ---- reading ----
 
@@ -280,9 +295,10 @@ class Pictures:
 
     def _now(self, label: str) -> str:
         name, _, member = label.partition("\0")
-        path = os.path.normpath(self.base / name)
         try:
-            return (self._hash_member(label, path, member) if member else self._hash(label, path))[0].hex()
+            found = (self._hash_member(label, os.path.normpath(self.base / name), member) if member
+                     else self._hash(self._real(os.path.join(self.base, name))))
+            return found[0].hex()
         except (BadImage, MixtureError, KeyError, OSError) as error:
             return type(error).__name__
 
@@ -292,8 +308,9 @@ class Pictures:
             about = path.stat()
         except OSError:
             return False
-        self._whole.add(label)
-        known = [about.st_size, about.st_mtime_ns, "whole"]
+        label = f"\0{label}"  # no image is called so
+        self._met.add(label)
+        known = [*_mark(about), "whole"]
         if self._files.get(label) != known and not check():
             return False
         self._files[label] = known
@@ -306,12 +323,12 @@ class Pictures:
         try:
             content = json.loads((self.folder / SEEN).read_text(encoding="utf-8"))
             said = content.pop("checksum")
-            if said != digest(content) or content["limits"] != LIMITS:
+            if said != digest(content) or content["limits"] != LIMITS or not _well_formed(content):
                 return
-            self._files, self._used = content["files"], content["used"]
-            self.sizes = {bytes.fromhex(sha): tuple(size) for sha, size in content["sizes"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            sizes = {bytes.fromhex(sha): tuple(size) for sha, size in content["sizes"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return
+        self._files, self._used, self.sizes = content["files"], content["used"], sizes
 
     def save(self, keep: Iterable[str] | None = None) -> None:
         """Write what was seen, less the files that changed a moment ago. Raises OutputError.
@@ -321,8 +338,7 @@ class Pictures:
         """
         if keep is not None:
             self._used = {key: self._used[key] for key in keep}
-            labels = {label for used in self._used.values() for label in used} | self._whole
-            self._files = {label: about for label, about in self._files.items() if label in labels}
+            self._files = {label: about for label, about in self._files.items() if label in self._met}
         if self.folder is None or not (self._files or self.sizes):
             return
         late = time.time_ns() - FRESH
@@ -337,20 +353,33 @@ def _within(path: str, root: str) -> bool:
     return path.startswith(root.rstrip(os.sep) + os.sep)
 
 
-def _zip_stat(path: str) -> tuple[int, int]:
-    about = os.stat(path)
-    return about.st_size, about.st_mtime_ns
+def _mark(about: os.stat_result) -> list[int]:
+    """What a file is known again by. A copy may bring another file's size and time; not its time of arrival and inode."""
+    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+
+
+def _well_formed(content: dict[str, Any]) -> bool:
+    """Whether what was seen before could have been written by us: the folder may have come from elsewhere."""
+    def a_size(size: Any) -> bool:
+        if len(size) != 2 or isinstance(size[0], str):
+            return len(size) == 2 and size[0] in RULES and isinstance(size[1], str)
+        return all(type(side) is int and side > 0 for side in size) and size[0] * size[1] <= MOST_PIXELS
+
+    return (all(len(known) == 5 and all(type(n) is int for n in known[:4]) and re.fullmatch("[0-9a-f]{64}|whole", known[4])
+                for known in content["files"].values())
+            and all(isinstance(label, str) for labels in content["used"].values() for label in labels)
+            and all(a_size(size) for size in content["sizes"].values()))
 
 
 def read_member(archive: zipfile.ZipFile, name: str, most: int = MOST_BYTES) -> bytes:
     """A member's bytes. What it claims to unpack to is believed only as an upper bound. Raises BadImage."""
-    info = archive.NameToInfo[name]
+    info, shown = archive.NameToInfo[name], f"{name} in {os.path.basename(str(archive.filename))}"  # no machine's folders
     if info.file_size > most:
-        raise BadImage("huge_image", f"{name} in {archive.filename}: {info.file_size:,} bytes, at most {most:,} are read")
+        raise BadImage("huge_image", f"{shown}: {info.file_size:,} bytes, at most {most:,} are read")
     if info.flag_bits & 1:
-        raise BadImage("broken_image", f"{name} in {archive.filename} is encrypted")
+        raise BadImage("broken_image", f"{shown} is encrypted")
     try:
         with archive.open(info) as member:
             return member.read(most)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, ValueError, RuntimeError) as error:
-        raise BadImage("broken_image", f"{name} in {archive.filename}: {str(error)[:120]}") from error
+        raise BadImage("broken_image", f"{shown}: {str(error)[:120]}") from error

@@ -257,29 +257,39 @@ def read_image(image: StoredImage) -> bytes:
     return data
 
 
+def image_hash(image: StoredImage) -> bytes:
+    """SHA-256 of an encoded image, as its unit's file has it; whether its bytes are so, `read_image` tells."""
+    return bytes(_image_hashes(image.file)[image.number].tobytes())
+
+
 @functools.lru_cache(maxsize=512)
-def _opened_once(file: Path, changed: int) -> Any:
+def _opened_once(file: Path, changed: tuple[int, int, int]) -> Any:
     return safe_open(file, "np")
+
+
+def _mark(file: Path) -> tuple[int, int, int]:
+    about = file.stat()
+    return about.st_mtime_ns, about.st_ino, about.st_size
 
 
 def _opened(file: Path) -> Any:
     """A file of images, mapped into memory; opened again once it was replaced."""
-    return _opened_once(file, file.stat().st_mtime_ns)
+    return _opened_once(file, _mark(file))
 
 
 @functools.lru_cache(maxsize=512)
-def _read_once(file: Path, tensor: str, changed: int) -> np.ndarray:
+def _read_once(file: Path, tensor: str, changed: tuple[int, int, int]) -> np.ndarray:
     with safe_open(file, "np") as opened:
         return np.asarray(opened.get_tensor(tensor))
 
 
 def _image_offsets(file: Path) -> np.ndarray:
-    return _read_once(file, "offsets", file.stat().st_mtime_ns)
+    return _read_once(file, "offsets", _mark(file))
 
 
 def _image_hashes(file: Path) -> np.ndarray:
     unit = file.with_name(file.name.removesuffix(".images.safetensors") + ".safetensors")
-    return _read_once(unit, "image_sha256", unit.stat().st_mtime_ns)
+    return _read_once(unit, "image_sha256", _mark(unit))
 
 
 def _check_images(images: RowImages, count: int, rows: int) -> None:

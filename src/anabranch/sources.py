@@ -40,6 +40,7 @@ from anabranch.recipe import Source
 Split = Literal["train", "held_out"]
 TEXT_ONLY = ("shows an image, and the base is a language model, which takes text only. Give a vision-language model as "
              "`model.path`, or rows without images.")
+DEEPEST = 16  # levels of a row in which images are looked for: a message's part stands in the third
 IMAGE_KEYS = frozenset((*IMAGE_COLUMNS, "bytes", "path", "url", "image_url"))  # of rows and their parts, that hold images
 
 
@@ -279,7 +280,7 @@ def _root(source: Source, file: _RowsFile) -> Root | None:
         return None
     if file.member:
         return Root(archive=str(file.path), inside=os.path.dirname(file.member))
-    return Root(folder=os.path.realpath(file.path.parent))
+    return Root(folder=os.path.realpath(file.path.parent), given=str(file.path.parent))
 
 
 def _file(where: str) -> str:
@@ -396,7 +397,7 @@ def _light(row: dict[str, Any], images: set[str], where: str, pictures: Pictures
         if any(row.get(name) not in (None, "", []) for name in images):
             _refuse_unless_empty(row, where)
         return row
-    return {key: _spooled(value, key in images, pictures) for key, value in row.items()}
+    return {key: _spooled(value, key in images, pictures, DEEPEST) for key, value in row.items()}
 
 
 def _refuse_unless_empty(row: dict[str, Any], where: str) -> None:
@@ -408,11 +409,11 @@ def _refuse_unless_empty(row: dict[str, Any], where: str) -> None:
         raise MixtureError(f"{where}: {TEXT_ONLY}")
 
 
-def _spooled(value: Any, of_image: bool, pictures: Pictures) -> Any:
-    if isinstance(value, list):
-        return [_spooled(v, of_image, pictures) for v in value]
-    if isinstance(value, dict):
-        return {k: _spooled(v, of_image or k in IMAGE_KEYS, pictures) for k, v in value.items()}
+def _spooled(value: Any, of_image: bool, pictures: Pictures, levels: int) -> Any:
+    if isinstance(value, list) and levels:
+        return [_spooled(v, of_image, pictures, levels - 1) for v in value]
+    if isinstance(value, dict) and levels:
+        return {k: _spooled(v, of_image or k in IMAGE_KEYS, pictures, levels - 1) for k, v in value.items()}
     if not of_image or not isinstance(value, (bytes, str)):
         return value
     data = value if isinstance(value, bytes) else data_uri(value)

@@ -208,8 +208,8 @@ def render(template: Template, tokenizer: Any, messages: Messages) -> tuple[str,
                        else _by_prefix(template, tokenizer, written))
     except (jinja2.TemplateError, TypeError, KeyError) as error:
         return f"the chat template refuses it: {str(error)[:120]}"
-    spans = [(a, b + _end_behind(text, a, b, template.stops)) for a, b in spans]
-    if not spans or not all(text[a:b].rstrip().endswith(template.stops) for a, b in spans):
+    ended = _with_ends(text, spans, [m["content"] for m in messages if m["role"] == "assistant"], template.stops)
+    if ended is None:
         tail = text[spans[-1][0]:][-60:] if spans else text[-60:]
         remedy = ("put {% endgeneration %} behind the end-of-turn token" if template.marked
                   else "write the end-of-turn token behind each assistant turn")
@@ -218,14 +218,29 @@ def render(template: Template, tokenizer: Any, messages: Messages) -> tuple[str,
         raise MixtureError(f"chat template ({template.kind}): an assistant turn's loss ends without an end-of-turn "
                            f"token (a turn ends in {tail!r}), so a model would never learn to stop. {mend} "
                            "`chat_template: plain`.")
-    return text, spans
+    return text, ended
 
 
-def _end_behind(text: str, start: int, stop: int, stops: tuple[str, ...]) -> int:
-    """Characters of the end-of-turn token right behind a response whose markers leave it out (LLaVA's published templates)."""
-    if text[start:stop].rstrip().endswith(stops):
-        return 0
-    return next((len(end) for end in sorted(stops, key=len, reverse=True) if text.startswith(end, stop)), 0)
+def _with_ends(text: str, spans: list[Span], answers: list[str], stops: tuple[str, ...]) -> list[Span] | None:
+    """The responses with their end-of-turn tokens; None: not all have one.
+
+    Markers may leave out the token right behind (LLaVA's published templates). It is the end of the turn only if it stands
+    behind the last response too: a special token may as well begin the next turn. An answer that ends in a special token of
+    its own has not ended its turn by that.
+    """
+    ended, behind = [], []
+    longest = sorted(stops, key=len, reverse=True)
+    said = answers if len(answers) == len(spans) else [None] * len(spans)
+    for (start, stop), answer in zip(spans, said, strict=True):
+        response = text[start:stop].strip()
+        if response.endswith(stops) and (answer is None or response != answer.strip()):
+            ended.append((start, stop))
+            continue
+        end = next((end for end in longest if text.startswith(end, stop)), "")
+        ended.append((start, stop + len(end)))
+        behind.append(end)
+    last = [end for end in longest if spans and text[: ended[-1][1]].rstrip().endswith(end)]
+    return ended if spans and all(end and end in last for end in behind) else None
 
 
 def _by_prefix(template: Template, tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[str, list[Span]]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from anabranch.errors import CorruptedError, MixtureError, ModelError
-from anabranch.images import BadImage, image_size, open_image, scaled_down
+from anabranch.images import MOST_STRETCHED, BadImage, image_size, open_image, scaled_down
 from anabranch.pictures import Picture, Pictures
 from anabranch.rows import RowImages, StoredImage, images_file, load_unit, read_image, save_images
 from anabranch.sources import Row
@@ -80,6 +80,8 @@ class Eye:
             if isinstance(size[0], str) or isinstance(size[1], str):
                 return str(size[0]), f"{picture.name}: {size[1]}"
             width, height = int(size[0]), int(size[1])
+            if max(width, height) > MOST_STRETCHED * min(width, height):
+                return "broken_image", f"{picture.name}: {width} x {height} pixels, an aspect ratio above {MOST_STRETCHED}"
             target = self.vision.capped(width, height, self.max_pixels) if self.max_pixels else None
             look = Look(picture, *(target or (width, height)), target is not None)
             try:

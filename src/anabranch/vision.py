@@ -30,7 +30,7 @@ from torch import Tensor
 from anabranch.artifacts import digest
 from anabranch.errors import ModelError, RecipeError
 from anabranch.images import open_image
-from anabranch.rows import StoredImage, read_image
+from anabranch.rows import StoredImage, image_hash, read_image
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 PROBES = ((336, 336), (64, 200), (500, 90), (641, 479), (28, 28))
@@ -49,15 +49,18 @@ def is_vision_language(folder: Path) -> bool:
         return False
     classes = {name for names in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
                for name in ([names] if isinstance(names, str) else names)}
-    architectures = config.get("architectures") or []
-    return bool(classes & set(architectures)) and ("vision_config" in config or not _language_model(config))
+    named = config.get("architectures") or []
+    if not named:  # AutoModel needs none
+        return str(config.get("model_type")) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and "vision_config" in config
+    fitting = isinstance(named, list) and any(isinstance(name, str) and name in classes for name in named)
+    return fitting and ("vision_config" in config or not _language_model(config))
 
 
 def _language_model(config: dict[str, Any]) -> bool:
     """Some classes serve text alone and text with images; a config without a vision part is of the first kind."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return str(config.get("model_type")) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def model_class(folder: Path) -> Any:
@@ -110,7 +113,7 @@ def _processor(folder: Path, trust_remote_code: bool) -> Any:
         if "orchvision" not in str(error) and "_extra_content" not in str(error):
             raise ModelError(f"model folder {folder}: the processor does not load ({type(error).__name__}: "
                              f"{str(error)[:300]}). {REMEDY}") from error
-        processor = _without_video(folder, error)
+        processor = _without_video(folder, trust_remote_code, error)
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(f"model folder {folder}: AutoProcessor gives a {type(processor).__name__}, which is no processor: the "
                          f"model would be trained as if there were no images. {REMEDY} (`processor_class` in them must be one "
@@ -136,17 +139,17 @@ def _quiet() -> Any:
     return quiet()
 
 
-def _without_video(folder: Path, reason: Exception) -> Any:
+def _without_video(folder: Path, trust_remote_code: bool, reason: Exception) -> Any:
     """The folder's processor, with image processor and tokenizer only. Raises ModelError."""
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(str(folder))
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
             kind = PROCESSOR_MAPPING[type(config)]
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
-            image_processor = AutoImageProcessor.from_pretrained(str(folder))
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+            image_processor = AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
             own, _ = kind.get_processor_dict(str(folder))
             taken = inspect.signature(kind.__init__).parameters
             own = {k: v for k, v in own.items() if not isinstance(v, dict) and k in taken}
@@ -189,7 +192,8 @@ class Vision:
     placeholder: str
     placeholder_id: int
     _texts: dict[tuple[int, int], str] = field(default_factory=dict)
-    _counts: dict[tuple[int, int], int] = field(default_factory=dict)
+    _alike: dict[str, str] = field(default_factory=dict)  # of a hundred thousand sizes: few texts, of a kilobyte and more each
+    _counts: dict[str, int] = field(default_factory=dict)
     _pixels: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = field(default_factory=OrderedDict)
 
     @property
@@ -242,8 +246,8 @@ class Vision:
     def text_of(self, width: int, height: int) -> str:
         """What stands in the conversation for an image of this size."""
         if (width, height) not in self._texts:
-            self._texts[width, height] = (self.placeholder * self._foretold(width, height) if self._foretells
-                                          else self._found_out(width, height))
+            text = (self.placeholder * self._foretold(width, height) if self._foretells else self._found_out(width, height))
+            self._texts[width, height] = self._alike.setdefault(text, text)
         return self._texts[width, height]
 
     def _found_out(self, width: int, height: int) -> str:
@@ -268,10 +272,10 @@ class Vision:
 
     def tokens(self, width: int, height: int) -> int:
         """How many tokens stand for an image of this size, its frame included."""
-        if (width, height) not in self._counts:
-            ids = self.tokenizer.encode(self.text_of(width, height), add_special_tokens=False, verbose=False)
-            self._counts[width, height] = len(ids)
-        return self._counts[width, height]
+        text = self.text_of(width, height)
+        if text not in self._counts:
+            self._counts[text] = len(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        return self._counts[text]
 
     def capped(self, width: int, height: int, max_pixels: int) -> tuple[int, int] | None:
         """The size that an image is scaled to under a cap; None: it fits.
@@ -282,8 +286,7 @@ class Vision:
         factor, own = self.factor, self._own_cap
         if own is not None and own <= max_pixels:
             return None  # the processor scales it down further, and once is enough
-        seen = (max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor))
-        if seen[0] * seen[1] <= max_pixels:
+        if round(height / factor) * factor * round(width / factor) * factor <= max_pixels:  # 0 for a strip, as there: it fits
             return None
         shrink = math.sqrt(width * height / max_pixels)
         fitted = [max(factor, math.floor(side / shrink / factor) * factor) for side in (width, height)]
@@ -296,7 +299,8 @@ class Vision:
             text: the conversation with placeholders.      images: PIL, in their order.
             input_ids: int [n], what we made of it.
         """
-        theirs = self.processor(text=[text], images=[list(images)], add_special_tokens=False)["input_ids"][0]
+        with _quiet():
+            theirs = self.processor(text=[text], images=[list(images)], add_special_tokens=False)["input_ids"][0]
         if [int(t) for t in theirs] != [int(t) for t in input_ids]:
             raise ModelError(f"{type(self.processor).__name__} makes other tokens of a row with {len(images)} images than "
                              f"follow from the text that it gives for each: {len(theirs)} against {len(input_ids)}. Images of "
@@ -308,16 +312,18 @@ class Vision:
         if not shown:
             return {}
         texts = [self.placeholder * len(row) for row in shown]
-        made = self.processor(text=texts, images=shown, return_tensors="pt", padding=True)
+        with _quiet():  # else a batch of many images is said to be longer than the model takes
+            made = self.processor(text=texts, images=shown, return_tensors="pt", padding=True)
         return {name: value for name, value in made.items() if name not in TEXT_INPUTS and isinstance(value, Tensor)}
 
     def stored_inputs(self, images: Sequence[Sequence[StoredImage]]) -> dict[str, Tensor]:
         """As `inputs`, of stored images; the last ones are kept in memory."""
-        key = tuple(tuple(row) for row in images if row)
-        if not key:
+        shown = [row for row in images if row]
+        if not shown:
             return {}
+        key = tuple(tuple(image_hash(image) for image in row) for row in shown)  # a file may be made again under its name
         if key not in self._pixels:
-            self._pixels[key] = self.inputs([[open_image(read_image(image)) for image in row] for row in key])
+            self._pixels[key] = self.inputs([[open_image(read_image(image)) for image in row] for row in shown])
             while len(self._pixels) > 1 and _bytes(self._pixels) > CACHE_BYTES:
                 self._pixels.popitem(last=False)
         self._pixels.move_to_end(key)
@@ -343,5 +349,6 @@ def _forward_names(forward: Callable[..., Any]) -> frozenset[str]:
 
 def _settings(image_processor: Any) -> Any:
     """An image processor's settings without names of classes and files, which differ by what is installed."""
+    kind = type(image_processor).__name__.removesuffix("Fast").removesuffix("Pil")
     plain = json.loads(json.dumps(image_processor.to_dict(), default=str, sort_keys=True))
-    return {k: v for k, v in plain.items() if not k.endswith(("_type", "_class", "_path")) and not k.startswith("_")}
+    return [kind, {k: v for k, v in plain.items() if not k.endswith(("_type", "_class", "_path")) and not k.startswith("_")}]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from anabranch.artifacts import MergeManifest
+from anabranch.artifacts import MergeManifest, Unit
 from anabranch.branches import train_hash
-from anabranch.engine.checkpoint import Checkpoint
+from anabranch.engine.checkpoint import Checkpoint, checkpoint_hash
 from anabranch.engine.merging import merge_checkpoints
 from anabranch.errors import ModelError, ProvenanceError, RecipeError
 from anabranch.families import (
@@ -31,6 +33,7 @@ from anabranch.families import (
     saved_tensors,
     skeleton,
 )
+from anabranch.gradients import unit_key
 from anabranch.model import load_model, select_trainable
 from anabranch.recipe import Model, Recipe
 from vision_models import write_vision_model
@@ -199,7 +202,22 @@ def test_hashes_hold_freeze_only_where_it_is_said():
     def recipe(**model: Any) -> Recipe:
         return Recipe.model_validate({"model": {"path": "x"} | model, "mixture": {"sources": [{"path": "y"}]}})
 
-    assert train_hash(recipe()) == train_hash(recipe(freeze=[])) != train_hash(recipe(freeze=["projector"]))
+    unit = Unit.model_validate({n: 1 for n, f in Unit.model_fields.items() if f.is_required() and f.annotation in (int, float)}
+                               | {n: "u" for n, f in Unit.model_fields.items() if f.is_required() and f.annotation is str})
+    for key in (train_hash, lambda r: unit_key(unit, "base", r)):
+        assert key(recipe()) == key(recipe(freeze=[]))
+        assert len({key(recipe(**m)) for m in ({}, {"freeze": ["projector"]}, {"freeze": ["vision tower"]},
+                                               {"trainable": ["model.visual.*"]})}) == 4
+
+
+def test_a_base_is_known_by_its_processor_too_where_it_sees(folders, tiny_base, tmp_path):
+    """Other means of pixels are another model: sketches, branches and scores of the old one are not its own."""
+    for source, told in ((folders["qwen"], True), (tiny_base, False)):
+        folder = shutil.copytree(source, tmp_path / source.name)
+        before, path = checkpoint_hash(folder), folder / "preprocessor_config.json"
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(settings | {"image_mean": [0.5, 0.5, 0.5]}))
+        assert (checkpoint_hash(folder) != before) == told
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -221,10 +239,38 @@ def test_adapters_sit_on_nothing_that_is_frozen(folders):
 
 @pytest.mark.parametrize(("lora", "word"), [
     ({"bias": "all"}, "`bias: all`"), ({"modules_to_save": ["merger"]}, "`modules_to_save: merger`"),
-    ({"target_parameters": ["model.visual.merger.mlp.0.weight"]}, "`target_parameters`")])
+    ({"modules_to_save": ["visual.merger"]}, "`modules_to_save: visual.merger`"), ({"modules_to_save": ["lm_head"]}, "lm_head"),
+    ({"target_parameters": ["model.visual.merger.mlp.0.weight"]}, "`target_parameters`"),
+    ({"trainable_token_indices": [0, 1]}, "`trainable_token_indices` would train model.language_model.embed_tokens.weight"),
+    ({"trainable_token_indices": {"embed_tokens": [0]}}, "`trainable_token_indices`")])
 def test_adapters_that_would_train_what_is_frozen(lora, word, folders):
-    with pytest.raises(RecipeError, match=word):
-        adapter_arguments(load_model(folders["qwen"]), section(folders["qwen"], "projector", lora={"r": 2} | lora))
+    asked = section(folders["qwen"], "projector", "*.embed_tokens.*", lora={"r": 2} | lora)
+    with pytest.raises(RecipeError, match=re.escape(word)):
+        adapter_arguments(skeleton(folders["qwen"], False), asked)
+
+
+def test_rows_of_tokens_train_beside_a_frozen_layer_of_that_number(folders):
+    asked = section(folders["qwen"], "vision tower", "model.language_model.layers.0.*",
+                    lora={"r": 2, "trainable_token_indices": [0, 1]})
+    assert adapter_arguments(skeleton(folders["qwen"], False), asked)["trainable_token_indices"] == [0, 1]
+
+
+@pytest.mark.parametrize(("which", "freeze"), [("qwen", "lm_head.weight"), ("llava", "lm_head.weight"),
+                                               ("llava", "*.embed_tokens.*")])
+def test_adapters_that_are_named_sit_on_no_frozen_embedding_or_head(which, freeze, folders):
+    """Not only linear layers of the blocks: `target_modules` may name any."""
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(folders[which])
+    asked = section(folders[which], freeze, lora={"r": 2, "target_modules": ["embed_tokens", "lm_head", "q_proj"]})
+    adapted = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n, _ in get_peft_model(
+        model, LoraConfig(**adapter_arguments(model, asked))).named_parameters() if ".lora_" in n}
+    assert adapted == {"q_proj"} if which == "qwen" else adapted == {"q_proj", "embed_tokens", "lm_head"} - {freeze.split(".")[-2]}
+
+
+def test_adapters_that_no_layer_is_meant_by_say_so(folders):
+    with pytest.raises(ModelError, match=r"target_modules: no linear layer .* q_proj"):
+        select_trainable(skeleton(folders["llava"], False), section(folders["llava"], lora={"target_modules": ["nothing"]}))
 
 
 # ---- merges ----------------------------------------------------------------------------------------------------------

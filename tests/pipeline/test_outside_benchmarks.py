@@ -307,6 +307,162 @@ def test_the_verb(run, tmp_path):
     assert "--metric and --skip go with" in str(CliRunner().invoke(app, [str(run), "--skip", "a"]).exception)
 
 
+# ---- hostile and broken files ----------------------------------------------------------------------------------------
+
+
+def lmms_text(tmp_path, text):
+    """A file of exactly this text (or these bytes)."""
+    path = tmp_path / "x_results.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def mmvet(value='"gpt_eval_score,none": 40.0', rest=""):
+    return '{"results": {"mmvet": {' + value + "}}" + rest + "}"
+
+
+@pytest.mark.parametrize("text, message", [
+    (mmvet('"gpt_eval_score,none": 40, "gpt_eval_score,none": 90'), "`gpt_eval_score,none` stands twice"),
+    (mmvet(rest=', "results": {"mmvet": {"gpt_eval_score,none": 90}}'), "`results` stands twice"),
+    (mmvet('"gpt_eval_score,none": 1' + "0" * 400), "Found: no number"),
+    (mmvet('"gpt_eval_score,none": NaN'), "Found: no number"),
+    (mmvet('"gpt_eval_score,none": "40.0"'), "Found: no number"),
+    (mmvet('"gpt_eval_score,none": 4000'), "4000 is more than 100 points"),
+    ("[" * 100_000, "not a result"), (b"\xff\xfe\x00", "not a result"), ("[]", "not a result")])
+def test_broken_lmms_files_are_one_message(run, tmp_path, text, message):
+    with pytest.raises(RecipeError, match=message):
+        import_scores(run, {"lmms-eval": [f"base={lmms_text(tmp_path, text)}"]}, Choices())
+
+
+@pytest.mark.parametrize("text, message", [
+    ('"Category","acc","acc"\n"Overall","30","40"\n', "column's name stands twice"),
+    ('"Category","tot","acc"\n"Overall","218","40","41"\n', "more cells"),
+    ('"Category","acc"\n"Overall","4_0"\n', "which metric"),
+    ('"Category","acc"\n"Overall","inf"\n', "which metric"),
+    ('"Category","acc"\n"Overall","140"\n', "more than 100 points"),
+    ('"Category","acc"\n"Overall","40\n', "not a table"),
+    ('"Category","acc"\n"Overall","40"\n'.encode("utf-16"), "not a table")])
+def test_broken_tables_are_one_message(run, tmp_path, text, message):
+    file = tmp_path / "m" / "m_MMVet_gpt-4-turbo_score.csv"
+    file.parent.mkdir()
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RecipeError, match=message):
+        import_scores(run, {"VLMEvalKit": [f"base={file.parent}"]}, Choices())
+
+
+def test_what_is_no_count_is_left_out(run, tmp_path):
+    """Negative and absurd numbers of questions; a byte order mark; names that are no Unicode; relative scores above 100."""
+    table = tmp_path / "m" / "m_MMVet_gpt-4-turbo_score.csv"
+    table.parent.mkdir()
+    for count, wanted in (("-5", None), ("1e300", None), ("218", 218)):
+        table.write_text(f'\ufeff"Category","tot","acc"\n"Overall","{count}","40"\n')
+        (score,) = import_scores(run, {"VLMEvalKit": [f"base={table.parent}"]}, Choices()).scores
+        assert score.samples == wanted
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    odd.mkdir()
+    lmms_text(odd, "\ufeff" + mmvet(
+        rest=', "model_name": "\\ud800", "n-samples": {"mmvet": {"effective": 1' + "0" * 400 + "}}"))
+    found = import_scores(run, {"lmms-eval": [f"base={tmp_path}"]}, Choices())
+    assert [s.samples for s in found.scores if s.program == "lmms-eval"] == [None] and Benchmarks.load(run / "benchmarks.json")
+    path = lmms_file(tmp_path / "w", "w", results={"llava_in_the_wild": {"gpt_eval_llava_all,none": 104.2}})
+    assert import_scores(run, {"lmms-eval": [f"merged={path}"]}, Choices()).scores
+
+
+def test_places_that_cannot_be_read(run, tmp_path):
+    os.mkfifo(tmp_path / "a_results.json")
+    for place, message in ((tmp_path, "no plain file"), ("~nobody-of-that-name/x", "no lmms-eval result"),
+                           ("a" * 5000, "name too long")):
+        with pytest.raises(RecipeError, match=message):
+            import_scores(run, {"lmms-eval": [f"base={place}"]}, Choices())
+
+
+def test_a_file_larger_than_any_result_is_not_read(run, tmp_path):
+    (tmp_path / "m").mkdir()
+    for program, path in (("lmms-eval", tmp_path / "x_results.json"), ("VLMEvalKit", tmp_path / "m" / "m_MMVet_x_score.csv")):
+        path.touch()
+        os.truncate(path, 10**9)  # a hole
+        with pytest.raises(RecipeError, match="1,000,000,000 bytes, more than"):
+            import_scores(run, {program: [f"base={path}"]}, Choices())
+
+
+def test_names_of_metrics_are_no_markdown(run, tmp_path):
+    path = lmms_text(tmp_path, mmvet('"gpt_eval_score,x\\n\\n# Ours <script>": 40'))
+    import_scores(run, {"lmms-eval": [f"base={path}"]}, Choices())
+    text = (run / "benchmarks.md").read_text()
+    assert "\n# Ours" not in text and "`gpt_eval_score,x # Ours <script>`" in text
+
+
+def test_a_folder_may_be_named_from_inside(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(vlm_folder(tmp_path, "mine"))
+    for place in (".", "T20260102_G1a2b3c4d", "mine_TextVQA_VAL_acc.csv"):
+        assert import_scores(run, {"VLMEvalKit": [f"base={place}"]}, Choices()).scores
+
+
+def test_results_of_another_model_are_noticed(run, tmp_path):
+    """One file under two names in two imports; a file that says it is another model's, by path or by our scripts' name."""
+    lmms_file(tmp_path / "b", "b")
+    import_scores(run, {"lmms-eval": [f"base={tmp_path / 'b'}"]}, Choices())
+    with pytest.raises(RecipeError, match="both of `/models/b`"):
+        import_scores(run, {"lmms-eval": [f"merged={tmp_path / 'b'}"]}, Choices())
+    lmms_file(tmp_path / "c", "c", model_name=str(run / "merged"))
+    with pytest.raises(RecipeError, match="which is merged of this run"):
+        import_scores(run, {"lmms-eval": [f"base={tmp_path / 'c'}"]}, Choices())
+    vlm_folder(tmp_path, "joint.seed-0")
+    with pytest.raises(RecipeError, match="which is joint/seed-0 of this run"):
+        import_scores(run, {"VLMEvalKit": [f"base={tmp_path / 'joint.seed-0'}"]}, Choices())
+
+
+def test_two_models_may_have_one_small_table(run, tmp_path):
+    """TextVQA's table is one number: two models that have it are no mistake; two with all eight tables are."""
+    for name in ("a", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}_TextVQA_VAL_acc.csv").write_text('"Overall"\n"50.0"\n')
+    places = {"VLMEvalKit": [f"base={tmp_path / 'a'}", f"merged={tmp_path / 'c'}"]}
+    assert len(import_scores(run, places, Choices()).scores) == 2
+    for name in ("d", "e"):
+        vlm_folder(tmp_path, name)
+    with pytest.raises(RecipeError, match="results of base and of merged"):
+        import_scores(run, {"VLMEvalKit": [f"base={tmp_path / 'd'}", f"merged={tmp_path / 'e'}"]}, Choices())
+
+
+def test_scores_of_another_base_do_not_mix(run, tmp_path):
+    lmms_file(tmp_path / "b", "b")
+    import_scores(run, {"lmms-eval": [f"base={tmp_path / 'b'}"]}, Choices())
+    recipe = run / "recipe.json"
+    recipe.write_text(recipe.read_text().replace("b" * 64, "c" * 64))
+    with pytest.raises(RecipeError, match="run on another base"):
+        import_scores(run, {"lmms-eval": [f"merged={lmms_file(tmp_path / 'm', 'm')}"]}, Choices())
+
+
+def test_the_same_score_of_fewer_questions_is_another_result(run, tmp_path):
+    first = lmms_file(tmp_path, "a")
+    first.with_name("20260203_000000_results.json").write_text(first.read_text().replace("1000", "8"))
+    with pytest.raises(RecipeError, match=r"two results.*other questions"):
+        import_scores(run, {"lmms-eval": [f"base={tmp_path}"]}, Choices())
+
+
+@pytest.mark.parametrize("why", ["a part of the questions", "Beside the paper's eight", "Not every model has MMMU",
+                                 "several tasks of"])
+def test_the_papers_table_stands_only_beside_its_own_eight(run, tmp_path, why):
+    """An average over other benchmarks, or over a part of them, has no figure of the paper's beside it."""
+    path = lmms_file(tmp_path / "b", "b")
+    content, pairs = json.loads(path.read_text()), [f"base={path}"]
+    import_scores(run, {"lmms-eval": pairs}, Choices())
+    assert "### Not measured here: the paper's own figures\n" in (run / "benchmarks.md").read_text()
+    if "part" in why:
+        content["n-samples"]["mmvet"]["effective"] = 8
+    elif "Beside" in why:
+        content["results"]["MMVet"] = {"acc,none": 50.0}  # not the paper's, whatever its name
+    elif "several" in why:
+        content["results"]["mathvista_testmini_cot"] = {"gpt_eval_score,none": 30.0}
+    else:
+        pairs.append(f"merged={lmms_file(tmp_path / 'm', 'm', drop=('MMMU',))}")
+    path.write_text(json.dumps(content))
+    import_scores(run, {"lmms-eval": pairs}, read_choices(["MMVet=acc"] if "Beside" in why else [], []))
+    text = (run / "benchmarks.md").read_text()
+    assert why in text and "the average is not the paper's." in text and "arXiv" not in text
+
+
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +476,7 @@ def run_script(path, folder, **settings):
         (tools / name).chmod(0o755)
     done = subprocess.run(["bash", str(path)], capture_output=True, text=True, cwd=folder,
                           env={"PATH": f"{tools}:{os.environ['PATH']}", **settings})
-    return done, [line.split("\0")[:-1] for line in calls.read_text().splitlines()] if calls.exists() else []
+    return done, [line.split("\0") for line in os.fsdecode(calls.read_bytes()).split("\0\n")[:-1]] if calls.exists() else []
 
 
 @pytest.mark.parametrize("program", ["lmms-eval", "vlmevalkit"])
@@ -407,3 +563,48 @@ def test_what_cannot_be_exported(run, tmp_path):
         recipe = tmp_path / "r.yaml"
         recipe.write_text(f"model: {{path: {json.dumps(str(base))}}}\nmixture: {{sources: [{{path: x.jsonl}}]}}\noutput: nil\n")
         export_benchmarks(recipe, tmp_path / "jobs", "lmms-eval", None, print)
+
+
+def test_the_script_can_be_started_again(run, tmp_path):
+    """What has a result is not run again: a second result of the same model could not be imported."""
+    (script,) = write_commands(subjects_of(run), tmp_path / "jobs", "lmms-eval")
+    lmms_file(tmp_path / "jobs" / "lmms-eval" / "base", "base")
+    done, calls = run_script(script, tmp_path)
+    assert "base: measured before" in done.stdout and len(calls) == len(subjects_of(run).models)
+    assert not any(str(tmp_path / "jobs" / "lmms-eval" / "base") in call for call in calls)
+
+
+@pytest.mark.parametrize("program", ["lmms-eval", "VLMEvalKit"])
+def test_names_of_folders_are_never_commands(run, tmp_path, program):
+    """An arm's folder with a line break and a command, and a run whose path is not UTF-8."""
+    (run / "compare" / "arm\ntouch x #$(touch x)'\"" / "seed-0" / "merged").mkdir(parents=True)
+    run = run.rename(Path(os.fsdecode(os.fsencode(run.parent) + b"/\xff run")))
+    for config in [*run.glob("**/merged"), *run.glob("branches/*/model")]:
+        (config / "config.json").write_text("{}")
+    script = write_commands(subjects_of(run), tmp_path / "jobs", program)[-1]
+    done, _ = run_script(script, tmp_path, VLMEVALKIT=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("x")) and b"\xff run" in script.read_bytes()
+
+
+def test_folders_that_vlmevalkit_would_take_for_another_family(run, tmp_path):
+    """Qwen2VLChat looks for `omni` and `2.5` in the whole path."""
+    base = subjects_of(run).models["base"]
+    with pytest.raises(RecipeError, match="`omni`"):
+        write_commands(subjects_of(run), tmp_path / "Domnica", "VLMEvalKit")
+    write_commands(subjects_of(run), tmp_path / "Domnica", "lmms-eval")
+    write_commands(subjects_of(run), tmp_path / "v2.5", "VLMEvalKit")
+    (base / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    with pytest.raises(RecipeError, match=r"`2\.5`"):
+        write_commands(subjects_of(run), tmp_path / "v2.5", "VLMEvalKit")
+
+
+@pytest.mark.parametrize("family, template, kind", [
+    ("smolvlm", "<|im_start|>", "SmolVLM2"), ("idefics3", "<|im_start|>", "SmolVLM"),
+    ("idefics3", "<|begin_of_text|>", "IDEFICS2")])
+def test_smolvlm_has_its_own_prompt(run, tmp_path, family, template, kind):
+    base = subjects_of(run).models["base"]
+    (base / "config.json").write_text(json.dumps({"model_type": family}))
+    (base / "chat_template.jinja").write_text(template + "{% for message in messages %}")
+    config, _ = write_commands(subjects_of(run), tmp_path / "jobs", "VLMEvalKit")
+    assert {entry["class"] for entry in json.loads(config.read_text())["model"].values()} == {kind}

@@ -147,3 +147,17 @@ def test_an_audit_that_points_elsewhere_is_refused(tmp_path, file, images):
     strange = unit.model_copy(update={"images_file": file}) if file.startswith((".", "/")) else unit
     with pytest.raises(CorruptedError):
         write_mixture(run, [strange], [audit(unit, images=images).model_copy(update={"images_file": file})])
+
+
+def test_a_row_of_hundreds_of_turns_is_cut_in_the_middle(tmp_path):
+    unit = unit_with_images(tmp_path / "run", "talk", 0, [encoded(picture("red"))])
+    turns = [AuditPart(kind=kind, text=f"{kind} {i} ", tokens=2) for i in range(300) for kind in ("prompt", "trained")]
+    source = write_mixture(tmp_path / "run", [unit], [audit(unit).model_copy(update={"parts": turns})]).read_text()
+    assert "… 560 more parts …" in source and source.count('title="trained: 2 tokens"') == 20
+    assert "prompt 0 " in source and "trained 299 " in source and "prompt 150 " not in source
+
+
+def test_a_thin_picture_is_not_drawn_as_high_as_a_page(page):
+    """A strip of 1 x 160 pixels would be 72 wide, and so 11,520 high."""
+    (rule,) = re.findall(r"\.pictures img\{([^}]*)\}", page[1])
+    assert "max-height:240px" in rule and "object-fit:contain" in rule

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,8 +20,10 @@ from anabranch.compare import parse_arms, run_comparison
 from anabranch.diagnose.artifacts import Displacement, LinearModeConnectivity
 from anabranch.diagnose.run import run_diagnostics, subject_of_run
 from anabranch.diagnose.subject import Settings
+from anabranch.evaluate import _answer
+from anabranch.model import load_model, load_tokenizer
 from anabranch.recipe import load_recipe
-from anabranch.rows import load_unit, read_image
+from anabranch.rows import Rows, load_unit, read_image
 from anabranch.run import open_run, reopen_run, run_stages
 from vision_models import (
     KNOWN,
@@ -253,6 +256,26 @@ def test_evaluation_is_what_the_plain_model_gives_row_by_row(finished):
         count += len(where)
     scored = finished.json("evaluation/base.json")["held_out"]["colour"]
     assert scored["tokens"] == count and scored["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_answers_of_mixed_rows_in_one_batch_are_those_one_by_one(finished):
+    """Prompts are padded on the left; rows with no, one and two images stand in one batch."""
+    recipe, model = load_recipe(finished.recipe), load_model(finished.run / "merged")
+    for parameter in model.parameters():  # told apart: a model of a few steps says much the same to all
+        parameter.data *= 2.0 if parameter.dim() > 1 else 1.0
+    written, generate = [], model.generate
+    model.generate = lambda **asked: written.append(generate(**asked)[:, asked["input_ids"].shape[1]:]) or torch.cat(
+        [asked["input_ids"], written[-1]], 1)
+    rows = Rows.joined([load_unit(finished.run / "mixture" / unit["file"], "train").take(np.arange(2))
+                        for unit in finished.json("mixture/mixture.json")["units"]])
+    assert {len(images) for images in rows.images_of(range(len(rows)))} == {0, 1, 2}
+    answers, tokenizer = recipe.evaluate.model_copy(update={"generate_samples": 20}), load_tokenizer(finished.base)
+    scores = _answer(model, tokenizer, rows, np.arange(len(rows)), answers)
+    together = written.pop().tolist()
+    single = [_answer(model, tokenizer, rows, np.array([i]), answers) for i in range(len(rows))]
+    assert [one for found in single for one in found] == scores and len(scores) == len(rows)
+    alone = [one[0].tolist() for one in written]
+    assert [row[: len(one)] for row, one in zip(together, alone, strict=True)] == alone and len(set(map(tuple, alone))) > 3
 
 
 def test_the_report_shows_a_picture_of_every_unit_with_images(finished):

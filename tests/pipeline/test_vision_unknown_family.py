@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from vision_models import KNOWN, make_tokenizer, picture, write_picture_units
 
 from anabranch.errors import ModelError
 from anabranch.families import FAMILIES
 from anabranch.model import load_model, vision_of
 from anabranch.recipe import load_recipe
 from anabranch.run import open_run, run_stages
+from vision_models import KNOWN, make_tokenizer, picture, write_picture_units
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ INDEX = "model.safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")
 ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
               "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -201,11 +202,14 @@ def _stem(folder: Path) -> str:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """SHA-256 (hex) over name and SHA-256 of each weight file and of config.json, sorted by name.
+    """SHA-256 (hex) over name and SHA-256 of each weight file and of config.json, sorted by name; of a vision-language model
+    (a config with a `vision_config`) also of its processor's files, which decide what numbers it sees of an image.
 
     This is the hash by which a base is known in every artifact. Reads every byte once. Raises as `weight_files`.
     """
-    files = [*weight_files(folder), folder / "config.json"]
+    files = [*weight_files(folder), config := folder / "config.json"]
+    if b'"vision_config"' in config.read_bytes():
+        files += [folder / name for name in PROCESSOR if (folder / name).is_file()]
     return digest(sorted([path.name, file_digest(path)] for path in files))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from anabranch.errors import RecipeError
+from anabranch.outside.reading import said
 from anabranch.outside.suite import Metric
 
 
@@ -29,7 +30,8 @@ class Problems:
 
     def unknown(self, where: str, task: str, found: Sequence[str]) -> None:
         """A task that the table does not know, or whose metric is not where the table says."""
-        shown = ", ".join(f"`{name}`" for name in found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        task, shown = said(task, 100), ", ".join(f"`{said(name, 100)}`" for name in found[:8])
+        shown += f" and {len(found) - 8} more" if len(found) > 8 else ""
         self.add(f"{where}: `{task}`: which metric counts? Found: {shown or 'no number'}. Say --metric '{task}=NAME' if it is "
                  f"in points of 100, --metric '{task}=NAME*100' if it is a share of 1, or --skip '{task}'.")
 
@@ -54,11 +56,12 @@ def read_choices(metrics: Sequence[str], skip: Sequence[str]) -> Choices:
     return Choices(read, frozenset(skip))
 
 
-def in_points(value: float, metric: Metric, asked: bool) -> float | str:
+def in_points(value: float, metric: Metric, asked: bool, relative: bool = False) -> float | str:
     """A value as points of 100, or what is wrong with it.
 
     Args:
         asked: the user named the metric and its scale; then the scale is not doubted.
+        relative: more than 100 points are possible.
     """
     if value < 0:
         return f"{value:g} is negative"
@@ -66,4 +69,6 @@ def in_points(value: float, metric: Metric, asked: bool) -> float | str:
         return f"{value:g} is no share of 1, as this metric was in the version whose sources were read"
     if metric.scale == 1 and 0 < value <= 1 and not asked:
         return f"{value:g} looks like a share of 1; this metric was in points of 100 in the version whose sources were read"
+    if value * metric.scale > 100 and not relative:
+        return f"{value:g} is more than 100 points, and cannot stand in an average of points of 100"
     return value * metric.scale

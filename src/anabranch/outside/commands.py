@@ -3,18 +3,20 @@
 lmms-eval (`docs/getting-started/commands.md`; its models: `lmms_eval/models/simple/qwen2_5_vl.py` and
 `models/chat/huggingface.py`): one call per model, each with its own --output_path. VLMEvalKit (`docs/en/ConfigSystem.md`): one
 config file for all models. Its Qwen2VLChat (`vlmeval/vlm/qwen2_vl/model.py`) tells Qwen2.5-VL from Qwen2-VL by the text `2.5`
-in the path, so it gets links whose names say it.
+in the path (and Omni models by `omni`), so it gets links whose names say it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 from anabranch.artifacts import write_atomically
 from anabranch.errors import ModelError, OutputError, RecipeError, closest
+from anabranch.outside.reading import said
 from anabranch.outside.subjects import Subjects
 from anabranch.outside.suite import PAPER, Program
 
@@ -23,7 +25,8 @@ NAMES: dict[str, Program] = {"lmms-eval": "lmms-eval", "vlmevalkit": "VLMEvalKit
 LMMS_MODELS = {"qwen2_5_vl": "qwen2_5_vl", "qwen2_vl": "qwen2_vl", "llava": "llava_hf", "llava_next": "llava_hf"}
 LMMS_GENERAL = "huggingface"
 QWEN = {"qwen2_vl": "qwen2-vl", "qwen2_5_vl": "qwen2.5-vl"}  # what VLMEvalKit finds in a path
-VLMEVALKIT_CLASSES = {**dict.fromkeys(QWEN, "Qwen2VLChat"), "smolvlm": "SmolVLM",
+MISLEADING = {"qwen2_vl": ("omni", "2.5", "2_5", "qwen25"), "qwen2_5_vl": ("omni",)}  # .. and would take for another family
+VLMEVALKIT_CLASSES = {**dict.fromkeys(QWEN, "Qwen2VLChat"), "smolvlm": "SmolVLM2",
                       **dict.fromkeys(("idefics2", "idefics3"), "IDEFICS2")}
 LEAST_PIXELS = 256 * 28 * 28  # lmms-eval's default lower bound for Qwen2-VL
 
@@ -63,7 +66,7 @@ def write_commands(subjects: Subjects, folder: Path, program: Program) -> list[P
         text = _vlmevalkit_script(subjects, out, config, links)
         write_atomically(config, (json.dumps(content, indent=1) + "\n").encode())
         written = [config, path]
-    write_atomically(path, text.encode())
+    write_atomically(path, os.fsencode(text))  # a path of the file system's own bytes stays what it is
     path.chmod(0o755)
     return written
 
@@ -84,14 +87,18 @@ def slug_of(model: str) -> str:
 def _lmms_script(subjects: Subjects, out: Path, family: str) -> str:
     kind, tasks = LMMS_MODELS.get(family, LMMS_GENERAL), ",".join(b.lmms_tasks[0] for b in PAPER)
     lines = _head("lmms-eval", "pip install lmms-eval (https://github.com/EvolvingLMMs-Lab/lmms-eval)", subjects)
+    lines += ["# A model that has a result is not run again: delete its folder to have it measured anew.", ""]
     if subjects.max_pixels is not None and family not in QWEN:
         lines += [f"# lmms-eval's `{kind}` takes no cap on pixels: images are as large as the processor takes them.", ""]
     for name, path in subjects.models.items():
         arguments = _lmms_arguments(path, family, subjects.max_pixels)
-        lines += [f"# ---- {name}", *_check(name, path),
+        place = shlex.quote(str(_place(out, name)))
+        lines += [f"# ---- {said(name)}", *_check(name, path),
+                  f"if find {place} -name '*_results.json' 2>/dev/null | grep -q .; then",
+                  f"  echo {shlex.quote(f'{name}: measured before')}; else",
                   'python3 -m accelerate.commands.launch --num_processes "$GPUS" -m lmms_eval \\',
                   f"    --model {shlex.quote(kind)} --model_args {shlex.quote(arguments)} \\",
-                  f"    --tasks {shlex.quote(tasks)} --batch_size 1 --output_path {shlex.quote(str(_place(out, name)))}", ""]
+                  f"    --tasks {shlex.quote(tasks)} --batch_size 1 --output_path {place}", "fi", ""]
     pairs = [f"--lmms-eval {shlex.quote(f'{name}={_place(out, name)}')}" for name in subjects.models]
     return "\n".join([*lines, *_import(subjects, pairs)])
 
@@ -117,18 +124,30 @@ def _vlmevalkit_config(subjects: Subjects, out: Path, family: str) -> tuple[dict
         raise ModelError(f"VLMEvalKit: which of its classes loads a model of type `{family}` is not known here (known: "
                          f"{', '.join(VLMEVALKIT_CLASSES)}). Take --benchmarks lmms-eval, or export for a known family and "
                          "change `class` in its config.")
+    if found := [text for text in MISLEADING.get(family, ()) if text in str(out).lower()]:
+        raise RecipeError(f"{out}: VLMEvalKit tells Qwen's models by the whole path, and would take `{found[0]}` in it for "
+                          f"another family than {family}. Export into a folder without it.")
+    kind = _class_of(family, subjects.models["base"])
     models: dict[str, Any] = {}
     links: dict[Path, Path] = {}
     for name, path in subjects.models.items():
         link = out / "models" / f"{QWEN.get(family, family)}-{slug_of(name)}"
         links[link] = path.absolute()
-        entry: dict[str, Any] = {"class": VLMEVALKIT_CLASSES[family], "model_path": str(link)}
+        entry: dict[str, Any] = {"class": kind, "model_path": str(link)}
         if family in QWEN:
             entry["use_custom_prompt"] = False  # as VLMEvalKit's own entry for Qwen2.5-VL-3B-Instruct
             if subjects.max_pixels is not None:
                 entry |= {"max_pixels": subjects.max_pixels, "min_pixels": min(LEAST_PIXELS, subjects.max_pixels)}
         models[slug_of(name)] = entry
     return {"model": models, "data": {b.dataset: {"class": b.dataset_class, "dataset": b.dataset} for b in PAPER}}, links
+
+
+def _class_of(family: str, base: Path) -> str:
+    """The first SmolVLM is an Idefics3 by its type, with another prompt (`<|im_start|>`), for which VLMEvalKit has a class."""
+    templates = [base / name for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")]
+    if family == "idefics3" and any("<|im_start|>" in p.read_text(errors="replace") for p in templates if p.is_file()):
+        return "SmolVLM"
+    return VLMEVALKIT_CLASSES[family]
 
 
 def _vlmevalkit_script(subjects: Subjects, out: Path, config: Path, links: dict[Path, Path]) -> str:

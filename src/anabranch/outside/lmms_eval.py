@@ -12,16 +12,16 @@ Layout (EvolvingLMMs-Lab/lmms-eval: `lmms_eval/loggers/evaluation_tracker.py`, s
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 from anabranch.outside.artifacts import Score
 from anabranch.outside.choices import Choices, Problems, in_points
+from anabranch.outside.reading import count, number, parse, read_plain, said
 from anabranch.outside.suite import Metric, benchmark_of
 
 MOST_BYTES = 256 * 2**20
+NOT_SAID = "not said"
 
 
 def read_lmms_eval(model: str, place: Path, choices: Choices, problems: Problems) -> list[Score]:
@@ -44,10 +44,8 @@ def read_lmms_eval(model: str, place: Path, choices: Choices, problems: Problems
 
 def _read_file(model: str, file: Path, place: Path, choices: Choices, problems: Problems) -> list[Score]:
     try:
-        if file.stat().st_size > MOST_BYTES:
-            raise ValueError(f"{file.stat().st_size:,} bytes, more than such a file has")
-        data = file.read_bytes()
-        content = json.loads(data)
+        data = read_plain(file, MOST_BYTES)
+        content = parse(data)
         results = content["results"]
         if not isinstance(results, dict) or not all(isinstance(v, dict) for v in results.values()):
             raise ValueError("`results` is no mapping of tasks")
@@ -56,7 +54,7 @@ def _read_file(model: str, file: Path, place: Path, choices: Choices, problems: 
         return []
     groups = set(_mapping(content, "groups")) | {name for name, of in _mapping(content, "group_subtasks").items() if of}
     shared = {"program_version": _text(content.get("git_hash")), "evaluated": _evaluated(content),
-              "file": str(file.relative_to(place)) if place.is_dir() else file.name,
+              "file": said(file.relative_to(place) if place.is_dir() else file.name),
               "sha256": hashlib.sha256(data).hexdigest()}
     scores = []
     for task, values in sorted(results.items()):
@@ -69,26 +67,26 @@ def _read_file(model: str, file: Path, place: Path, choices: Choices, problems: 
 
 def _score(model: str, task: str, values: dict[str, Any], content: dict[str, Any], shared: dict[str, Any], choices: Choices,
            problems: Problems, where: str) -> Score | None:
-    numbers = {name: float(v) for name, v in values.items()
-               if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and "_stderr" not in name}
+    numbers = {name: v for name, value in values.items() if "_stderr" not in name and (v := number(value)) is not None}
     known = benchmark_of("lmms-eval", task)
     metric = choices.metrics.get(task) or (known.lmms if known else None)
     name = _chosen(metric, numbers) if metric else None
     if metric is None or name is None:
         problems.unknown(where, task, sorted(numbers))
         return None
-    points = in_points(numbers[name], metric, asked=task in choices.metrics)
+    points = in_points(numbers[name], metric, asked=task in choices.metrics,
+                       relative=known is not None and known.relative)
     if isinstance(points, str):
-        problems.add(f"{where}: `{task}`, `{name}`: {points}. Say --metric '{task}={name}' for points of 100, or "
-                     f"'{task}={name}*100'.")
+        problems.add(f"{where}: `{task}`, `{said(name)}`: {points}. Say --metric '{task}={said(name)}' for points of 100, "
+                     f"'{task}={said(name)}*100' for a share of 1, or --skip '{task}'.")
         return None
     if _mapping(_mapping(content, "higher_is_better"), task).get(name.split(",")[0]) is False:
-        problems.add(f"{where}: `{task}`: lower is better for `{name}`; it cannot stand in an average with the others. Say "
-                     f"--skip '{task}'.")
+        problems.add(f"{where}: `{task}`: lower is better for `{said(name)}`; it cannot stand in an average with the others. "
+                     f"Say --skip '{task}'.")
         return None
     counts = _mapping(_mapping(content, "n-samples"), task)
-    return Score(model=model, program="lmms-eval", task=task, metric=name, score=points,
-                 samples=_count(counts.get("effective")), samples_of=_count(counts.get("original")),
+    return Score(model=model, program="lmms-eval", task=task, metric=said(name), score=points,
+                 samples=count(counts.get("effective")), samples_of=count(counts.get("original")),
                  task_version=_text(_mapping(content, "versions").get(task)), **shared)
 
 
@@ -105,7 +103,7 @@ def _chosen(metric: Metric, numbers: dict[str, float]) -> str | None:
 
 def _evaluated(content: dict[str, Any]) -> str:
     name = content.get("model_name") or _mapping(content, "config").get("model_args") or content.get("model_source")
-    return str(name or "not said")[:500]
+    return said(name or "") or NOT_SAID
 
 
 def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
@@ -114,8 +112,4 @@ def _mapping(content: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None or isinstance(value, (dict, list)) else str(value)[:100]
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return None if value is None or isinstance(value, (dict, list)) else said(value, 100)

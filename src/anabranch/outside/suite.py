@@ -28,7 +28,8 @@ class Benchmark:
 
     lmms_tasks: lmms-eval's tasks for it, the one that is exported first (the others differ in the prompt).
     dataset, dataset_class: of VLMEvalKit's config. kind: the ending of its result file. judged_file: that file's name carries
-    the judge's. needs_judge: by a language model, for which the programs want a key (OPENAI_API_KEY).
+    the judge's. relative: in percent of a reference's score, so that it may be above 100. needs_judge: by a language model, for
+    which the programs want a key (OPENAI_API_KEY).
     """
 
     name: str
@@ -40,6 +41,7 @@ class Benchmark:
     kind: Literal["acc", "score"]
     vlmevalkit: Metric
     judged_file: bool = False
+    relative: bool = False
     needs_judge: tuple[Program, ...] = ()
 
 
@@ -52,7 +54,8 @@ PAPER: tuple[Benchmark, ...] = (
               "MMBench_DEV_EN", "ImageMCQDataset", "acc", Metric(("split=dev|Overall", "split=none|Overall", "Overall"), 100),
               needs_judge=("lmms-eval",)),
     Benchmark("LLaVA-W", "User Preference & Fluency", ("llava_in_the_wild",), Metric(("gpt_eval_llava_all",)),
-              "LLaVABench", "LLaVABench", "score", Metric(("split=overall|Relative Score (main)",)), needs_judge=PROGRAMS),
+              "LLaVABench", "LLaVABench", "score", Metric(("split=overall|Relative Score (main)",)), relative=True,
+              needs_judge=PROGRAMS),
     Benchmark("MMVet", "User Preference & Fluency", ("mmvet",), Metric(("gpt_eval_score", "llm_as_judge_eval")),
               "MMVet", "MMVet", "score", Metric(("Category=Overall|acc",)), judged_file=True, needs_judge=PROGRAMS),
     Benchmark("TextVQA", "Text-Rich VQA", ("textvqa_val",), Metric(("exact_match",), 100),

@@ -42,7 +42,7 @@ class Table:
     @property
     def absent(self) -> tuple[str, ...]:
         """Benchmarks of the paper's eight that no model has."""
-        have = {name for _, name in self.columns}
+        have = {known.name for task, _ in self.columns if (known := benchmark_of(self.program, task)) is not None}
         return tuple(b.name for b in PAPER if b.name not in have)
 
 
@@ -109,8 +109,9 @@ def markdown(scores: Sequence[Score], run: str) -> str:
     for table in tables(scores):
         own = [s for s in scores if s.program == table.program]
         lines += [f"## {table.program}", "", *_grid(table), "", *_notes(table, own)]
-        if not table.absent:
-            lines += ["", "Published (arXiv:2606.01717, Table 2; Qwen2.5-VL-3B, 136 Vision-FLAN tasks; its judges, prompts and "
+        if not _why_not_the_papers(table, own):
+            lines += ["", "### Not measured here: the paper's own figures", "",
+                      "Published (arXiv:2606.01717, Table 2; Qwen2.5-VL-3B, 136 Vision-FLAN tasks; its judges, prompts and "
                       "programs are not stated there, so that only differences within one table can be compared):", "",
                       *_published()]
         lines.append("")
@@ -140,8 +141,7 @@ def _notes(table: Table, scores: list[Score]) -> list[str]:
     lines = [f"Points of 100. The average is over {len(table.shared)} of {len(table.columns)} benchmarks: {over}."]
     lines += [f"- {_plain(row.arm)} has no {', '.join(_plain(names[t]) for t in row.missing)}: left out of the average of all."
               for row in table.rows if row.missing]
-    if table.absent:
-        lines.append(f"- Of the paper's eight there is no {', '.join(table.absent)}: the average is not the paper's.")
+    lines += [f"- {why}: the average is not the paper's." for why in _why_not_the_papers(table, scores)]
     for task, name in table.columns:
         column = [s for s in scores if s.task == task]
         one = column[0]
@@ -157,6 +157,21 @@ def _notes(table: Table, scores: list[Score]) -> list[str]:
     for model in dict.fromkeys(s.model for s in sorted(scores, key=lambda s: _place_of(s.model))):
         lines.append(f"- {_plain(model)}: evaluated as {_plain(next(s.evaluated for s in scores if s.model == model))}.")
     return lines
+
+
+def _why_not_the_papers(table: Table, scores: Sequence[Score]) -> list[str]:
+    """What keeps a table's averages from being over the paper's eight benchmarks, once each and whole."""
+    of = {task: benchmark_of(table.program, task) for task, _ in table.columns}
+    have = [b.name for task, b in of.items() if b is not None]
+    left_out = [b.name for task, b in of.items() if b is not None and task not in table.shared]
+    part = [_plain(name) for task, name in table.columns
+            if any(s.task == task and s.samples and s.samples_of and s.samples < s.samples_of for s in scores)]
+    more = [_plain(name) for task, name in table.columns if of[task] is None and task in table.shared]
+    twice = sorted({name for name in have if have.count(name) > 1})
+    return [f"{what}{', '.join(names)}" for what, names in (
+        ("Of the paper's eight there is no ", table.absent), ("Not every model has ", left_out),
+        ("Only a part of the questions was asked of ", part), ("Beside the paper's eight there is ", more),
+        ("There are several tasks of ", twice)) if names]
 
 
 def _published() -> list[str]:
@@ -177,4 +192,4 @@ def _points(value: float, sign: str = "") -> str:
 
 def _plain(text: str) -> str:
     """One line that Markdown shows as it is."""
-    return "".join("\\" + c if c in "\\`*_<>|[]" else c if c.isprintable() else " " for c in text)
+    return "".join("\\" + c if c in "\\`*_<>|[]&~" else c if c.isprintable() else " " for c in text)

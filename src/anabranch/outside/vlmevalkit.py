@@ -18,20 +18,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
-import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from anabranch.outside.artifacts import Score
 from anabranch.outside.choices import Choices, Problems, in_points
+from anabranch.outside.reading import count, number, parse, read_plain, said
 from anabranch.outside.suite import PAPER, Benchmark, Metric
 
 RUN_ID = re.compile(r"T\d{8}(_G[0-9a-fA-F]+|-\d{6})")
 ENDING = re.compile(r"_(acc|score|rating)\.(csv|json)$")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)  # float() also takes 4_0 and other scripts' digits
 JUDGE = re.compile(r"[A-Za-z0-9.:@+-]+|exact_matching")
 MOST_BYTES = 16 * 2**20
+LONGEST_NAME = 1000  # of a number: longer ones are nobody's metric, and nested ones would grow without bound
 
 
 class _Found(NamedTuple):
@@ -51,7 +52,11 @@ def read_vlmevalkit(model: str, place: Path, choices: Choices, problems: Problem
     """
     folder = place if place.is_dir() else place.parent
     theirs = folder.parent.name if RUN_ID.fullmatch(folder.name) else folder.name
-    files = [place] if place.is_file() else _tables(place, theirs)
+    try:
+        files = [place] if place.is_file() else _tables(place, theirs)
+    except OSError as error:
+        problems.add(f"{model}: {place}: cannot be read ({error.strerror}).")
+        return []
     if not files or not all(f.name.startswith(f"{theirs}_") for f in files):
         problems.add(f"{model}: {place}: no VLMEvalKit result there. Wanted WORK_DIR/MODEL, named as VLMEvalKit named it, with "
                      f"files {theirs}_DATASET_acc.csv or .._score.csv in it.")
@@ -59,7 +64,7 @@ def read_vlmevalkit(model: str, place: Path, choices: Choices, problems: Problem
     found = [_found(file, theirs, choices) for file in files]
     scores = [score for f in found if f.dataset not in choices.skip
               if (score := _score(model, theirs, f, place, choices, problems)) is not None]
-    for dataset in {s.task for s in scores}:
+    for dataset in sorted({s.task for s in scores}):
         same = [s for s in scores if s.task == dataset]
         if len({s.judge for s in same}) > 1:
             problems.add(f"{model}: {place}: `{dataset}` was scored by several judges: "
@@ -96,9 +101,7 @@ def _found(file: Path, theirs: str, choices: Choices) -> _Found:
 def _score(model: str, theirs: str, found: _Found, place: Path, choices: Choices, problems: Problems) -> Score | None:
     where, task = str(found.file), found.dataset
     try:
-        if found.file.stat().st_size > MOST_BYTES:
-            raise ValueError(f"{found.file.stat().st_size:,} bytes, more than such a file has")
-        data = found.file.read_bytes()
+        data = read_plain(found.file, MOST_BYTES)
         numbers = _numbers(data, found.file.suffix)
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         problems.add(f"{where}: not a table of metrics ({type(error).__name__}: {error}).")
@@ -108,16 +111,18 @@ def _score(model: str, theirs: str, found: _Found, place: Path, choices: Choices
     if metric is None or name is None:
         problems.unknown(where, task, sorted(numbers))
         return None
-    points = in_points(numbers[name], metric, asked=task in choices.metrics)
+    points = in_points(numbers[name], metric, asked=task in choices.metrics,
+                       relative=found.known is not None and found.known.relative)
     if isinstance(points, str):
-        problems.add(f"{where}: `{name}`: {points}. Say --metric '{task}={name}' for points of 100, or '{task}={name}*100'.")
+        problems.add(f"{where}: `{name}`: {points}. Say --metric '{task}={name}' for points of 100, '{task}={name}*100' for a "
+                     f"share of 1, or --skip '{task}'.")
         return None
     total = numbers.get("|".join([*name.split("|")[:-1], "tot"]))
     runs = [part for part in found.file.resolve().parts if RUN_ID.fullmatch(part)]
-    return Score(model=model, program="VLMEvalKit", task=task, metric=name, score=points,
-                 samples=int(total) if total and total == int(total) else None, judge=found.judge,
-                 program_version=runs[-1] if runs else None, evaluated=theirs,
-                 file=str(found.file.relative_to(place)) if place.is_dir() else found.file.name,
+    return Score(model=model, program="VLMEvalKit", task=task, metric=said(name), score=points,
+                 samples=count(total), judge=found.judge,
+                 program_version=runs[-1] if runs else None, evaluated=said(theirs),
+                 file=said(found.file.relative_to(place) if place.is_dir() else found.file.name),
                  sha256=hashlib.sha256(data).hexdigest())
 
 
@@ -130,36 +135,36 @@ def _chosen(metric: Metric, numbers: dict[str, float]) -> str | None:
 
 def _numbers(data: bytes, suffix: str) -> dict[str, float]:
     """Every number of a table of metrics, by name. Raises ValueError, csv.Error."""
-    text = data.decode("utf-8-sig")
     if suffix == ".csv":
-        rows: Any = list(csv.DictReader(io.StringIO(text), strict=True))
+        table = csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True)
+        if len(set(header := table.fieldnames or ())) < len(header):
+            raise ValueError("a column's name stands twice")
+        rows: Any = list(table)
+        if any(None in row for row in rows):
+            raise ValueError("a row has more cells than the table has columns")
     else:
-        rows = json.loads(text)
+        rows = parse(data)
     out: dict[str, set[float]] = {}
     _flatten(rows, "", out)
     return {name: min(values) for name, values in out.items() if len(values) == 1}  # two rows of one name say nothing
 
 
 def _flatten(value: Any, prefix: str, out: dict[str, set[float]]) -> None:
+    if len(prefix) > LONGEST_NAME:
+        return
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         for row in value:
             words = {k: v.strip() for k, v in row.items() if isinstance(v, str) and _number(v) is None}
             dims = "|".join(f"{k}={v}" for k, v in words.items() if v)
             for column, cell in row.items():
-                if (number := _number(cell)) is not None:
-                    out.setdefault("|".join(x for x in (prefix, dims, str(column)) if x), set()).add(number)
+                if (found := _number(cell)) is not None:
+                    out.setdefault("|".join(x for x in (prefix, dims, str(column)) if x), set()).add(found)
     elif isinstance(value, dict):
         for key, inner in value.items():
             _flatten(inner, f"{prefix}|{key}" if prefix else str(key), out)
-    elif prefix and (number := _number(value)) is not None:
-        out.setdefault(prefix, set()).add(number)
+    elif prefix and (found := _number(value)) is not None:
+        out.setdefault(prefix, set()).add(found)
 
 
 def _number(cell: Any) -> float | None:
-    if isinstance(cell, bool) or not isinstance(cell, (int, float, str)):
-        return None
-    try:
-        value = float(cell)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+    return number(float(cell)) if isinstance(cell, str) and NUMBER.fullmatch(cell.strip()) else number(cell)

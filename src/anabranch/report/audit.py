@@ -23,6 +23,7 @@ UNITS = 200
 IMAGES = 4  # of one row, and fewer where there are many units
 PICTURES = 300  # of all rows
 LETTERS = 500  # of one part
+PARTS = 40  # of one row: a long conversation has hundreds of turns
 OPEN = 6  # cards that are seen without opening anything
 KINDS = ("prompt", "image", "trained")
 
@@ -65,7 +66,7 @@ def _card(row: AuditRow, pictures: list[Thumbnail | str]) -> Markup:
     shown = [_picture(p, row.unit, i) for i, p in enumerate(pictures)]
     shown += [tag("p", f"and {more} more", cls="note")] if more > 0 else []
     head = tag("p", tag("b", row.unit), tag("span", f"{row.where} · tokens: {counted(row)}", cls="where"))
-    return tag("article", tag("div", *shown, cls="pictures"), tag("div", head, tag("div", *map(_part, row.parts), cls="row")))
+    return tag("article", tag("div", *shown, cls="pictures"), tag("div", head, tag("div", *_parts(row.parts), cls="row")))
 
 
 def _picture(picture: Thumbnail | str, unit: str, place: int) -> Markup:
@@ -73,6 +74,15 @@ def _picture(picture: Thumbnail | str, unit: str, place: int) -> Markup:
         return tag("p", picture, cls="note")
     shown = tag("img", src=picture.uri, alt=f"Image {place + 1} of a training row of {unit}")
     return tag("figure", shown, tag("figcaption", f"{picture.width} × {picture.height}"))
+
+
+def _parts(parts: list[AuditPart]) -> list[Markup]:
+    """At most PARTS of them, the middle left out."""
+    if len(parts) <= PARTS:
+        return [_part(part) for part in parts]
+    half = PARTS // 2
+    left_out = tag("p", f"… {len(parts) - 2 * half:,} more parts …", cls="note")
+    return [*map(_part, parts[:half]), left_out, *map(_part, parts[-half:])]
 
 
 def _part(part: AuditPart) -> Markup:
