@@ -151,9 +151,9 @@ def select_trainable(model: Any, section: ModelSection) -> dict[str, nn.Paramete
     if not wanted and frozen:
         raise ModelError(f"model.freeze: {', '.join(section.freeze)} leave no parameter to train.")
     if not wanted:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError("model.lora.target_modules: no linear layer of this model is meant, so no adapter would train. Leave "
-                         "it out (all linear layers), or name some of: " +
-                         ", ".join(sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})))
+                         f"it out (all linear layers), or name some of: {', '.join(linear)}")
     chosen = {}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)

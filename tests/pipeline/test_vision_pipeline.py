@@ -25,6 +25,7 @@ from anabranch.model import load_model, load_tokenizer
 from anabranch.recipe import load_recipe
 from anabranch.rows import Rows, load_unit, read_image
 from anabranch.run import open_run, reopen_run, run_stages
+from anabranch.search.run import prepare_search, search
 from vision_models import (
     KNOWN,
     picture,
@@ -258,11 +259,12 @@ def test_evaluation_is_what_the_plain_model_gives_row_by_row(finished):
     assert scored["tokens"] == count and scored["loss"] == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("finished", ["qwen2_5_vl"], indirect=True)  # positions of two kinds; its head says more than one thing
 def test_answers_of_mixed_rows_in_one_batch_are_those_one_by_one(finished):
     """Prompts are padded on the left; rows with no, one and two images stand in one batch."""
-    recipe, model = load_recipe(finished.recipe), load_model(finished.run / "merged")
-    for parameter in model.parameters():  # told apart: a model of a few steps says much the same to all
-        parameter.data *= 2.0 if parameter.dim() > 1 else 1.0
+    recipe, model = load_recipe(finished.recipe), load_model(finished.base)
+    for parameter in model.parameters():  # random weights, large enough to be told apart by what they say
+        parameter.data *= 3.0 if parameter.dim() > 1 else 1.0
     written, generate = [], model.generate
     model.generate = lambda **asked: written.append(generate(**asked)[:, asked["input_ids"].shape[1]:]) or torch.cat(
         [asked["input_ids"], written[-1]], 1)
@@ -315,6 +317,21 @@ def test_diagnostics_of_a_run_with_images(finished, tmp_path):
     at_base = sum(s["loss"] for s in held_out) / len(held_out)
     between = next(s for s in lmc.segments if (s.start, s.end, s.rows) == ("branch-0", "branch-1", "mixture"))
     assert all(0 < loss < at_base for loss in between.losses)
+
+
+@pytest.mark.parametrize("finished", ["llava"], indirect=True)  # its names in files are not those in memory
+def test_a_search_looks_at_the_images_of_a_run(finished, tmp_path):
+    """Its models lie in folders that are gone once they are loaded; candidates go into the loaded model, not through files."""
+    models = [{"model": str(finished.run / f"branches/{k}/model"), "parameters": {"weight": w}}
+              for k, w in ((0, "$a"), (1, 0.5))]
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({
+        "parameters": {"a": {"low": 0.0, "high": 1.0}},
+        "data": {"mixture": str(finished.run), "units": ["colour", "words"]},
+        "merge": {"merge_method": "task_arithmetic", "base_model": str(finished.base), "dtype": "float32", "models": models}}))
+    search(tmp_path / "space.yaml", tmp_path / "best", overrides={"sampler": "random", "budget": 2})
+    with prepare_search(tmp_path / "space.yaml").loaded(tmp_path) as first:
+        assert first.direct
+    assert (tmp_path / "best" / "preprocessor_config.json").is_file()
 
 
 @pytest.mark.parametrize("finished", ["qwen2_5_vl"], indirect=True)  # one family is enough

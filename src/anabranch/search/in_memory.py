@@ -26,7 +26,7 @@ from torch import Tensor
 
 from anabranch.engine.assemble import assemble
 from anabranch.engine.blocks import MERGED, Buffers, Reader
-from anabranch.engine.checkpoint import Checkpoint
+from anabranch.engine.checkpoint import PROCESSOR, Checkpoint
 from anabranch.engine.config import MergeConfig
 from anabranch.engine.dialect import config_of
 from anabranch.engine.layout import Layout, layout_of
@@ -39,7 +39,8 @@ from anabranch.engine.reference import local
 from anabranch.engine.stream import Merge, Settings, stream
 from anabranch.engine.wanted import Source
 from anabranch.errors import ModelError, OutputError, RecipeError
-from anabranch.model import load_model, load_tokenizer
+from anabranch.families import saved_names
+from anabranch.model import load_model, load_tokenizer, vision_of
 
 # Beside inputs and model: activations and logits of a batch, blocks of the merge.
 WORKING = 256 * 10**6
@@ -303,14 +304,15 @@ def load_merge(workshop: Workshop, mapping: Mapping[str, Any], dtype: str, scrat
     with _temporary(scratch) as place:
         merge_config(_absolute(mapping, workshop), place / "first", options=workshop.options, settings=workshop.settings)
         tokenizer = load_tokenizer(place / "first")
-        model = load_model(place / "first", dtype)
+        model = _loaded(place / "first", dtype)
     state = model.state_dict()
+    in_files = {file: state[name] for name, files in saved_names(model).items() for file in files if name in state} | state
     targets: dict[str, Tensor] = {}
     fits = True
 
     def take(name: str, tensor: Tensor) -> None:
         nonlocal fits
-        target = state.get(name)
+        target = in_files.get(name)
         if target is None or target.shape != tensor.shape or not torch.equal(target.cpu(), tensor.to(target.dtype)):
             fits = False
         else:
@@ -325,7 +327,15 @@ def load_merge(workshop: Workshop, mapping: Mapping[str, Any], dtype: str, scrat
 def _through_files(workshop: Workshop, mapping: Mapping[str, Any], dtype: str, scratch: Path) -> Any:
     with _temporary(scratch) as place:
         merge_config(_absolute(mapping, workshop), place / "candidate", options=workshop.options, settings=workshop.settings)
-        return load_model(place / "candidate", dtype)
+        return _loaded(place / "candidate", dtype)
+
+
+def _loaded(folder: Path, dtype: str) -> Any:
+    """A model of a folder that is soon gone: its processor is read while it is there."""
+    model = load_model(folder, dtype)
+    if any((folder / name).is_file() for name in PROCESSOR):
+        vision_of(model)
+    return model
 
 
 @contextmanager
