@@ -156,6 +156,9 @@ def parts_of(model: Any) -> list[str]:
 
 def _no_preset(model: Any, entry: str) -> str:
     family = _family(model)
+    if not hasattr(model.config, "vision_config"):
+        return (f"`{entry}` is a part of vision-language models, and this is a language model (`{family}`). Give patterns over "
+                f"parameter names. Its parts: {'; '.join(parts_of(model))}")
     return (f"`{entry}` stands for a part of a vision-language model, and there is no table for models of type `{family}`. "
             f"Give patterns over parameter names instead. Its parts: {'; '.join(parts_of(model))}")
 

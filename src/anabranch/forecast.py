@@ -26,7 +26,7 @@ from anabranch.errors import AnabranchError, RecipeError
 from anabranch.families import describe_frozen, skeleton
 from anabranch.jobs import job_table
 from anabranch.mixture import build_mixture
-from anabranch.model import load_tokenizer, resolve_model
+from anabranch.model import load_tokenizer, resolve_model, select_trainable
 from anabranch.recipe import Recipe, Source
 from anabranch.rows import Rows, load_unit
 from anabranch.run import check_ahead, check_groups
@@ -34,6 +34,9 @@ from anabranch.training_cost import SHARE, ModelSize, device_lines, memory, oper
 from anabranch.vision import Vision, load_vision
 
 Progress = Callable[[str, str, int, int], None]
+
+
+BY_CHOICE = ("max_samples", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def _base(recipe: Recipe, folder: Path) -> tuple[Base, list[str]]:
     if size is not None and len(size.parts) > 1:
         lines[0] += " (" + ", ".join(f"{part.name} {part.parameters:,}" for part in size.parts) + ")"
     if model is not None:
+        select_trainable(model, recipe.model)
         lines += [f"freeze     {line.removeprefix('freeze: ')}" for line in describe_frozen(model, recipe.model)]
     width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(recipe.merge.dtype or "")
     return Base(entries, sum(i.numel * width if width else i.size for i in infos.values()), size), lines
@@ -177,13 +181,21 @@ def _mixture_lines(recipe: Recipe, dry: Dry | None) -> list[str]:
     lines = [f"mixture    {len(mixture.units)} units, {sum(u.samples for u in mixture.units):,} samples, "
              f"{mixture.tokens:,} tokens{shown}; {sum(u.held_out_rows for u in mixture.units):,} held-out rows; "
              f"{len(mixture.transfer)} transfer units, {len(mixture.retention)} retention units", *_image_lines(mixture)]
-    rules: dict[str, int] = {}
-    for e in mixture.excluded:
-        rules[e.rule] = rules.get(e.rule, 0) + e.rows
-    units = {rule: sorted({e.unit for e in mixture.excluded if e.rule == rule}) for rule in rules}
-    return lines + [f"           left out by rule {rule}: {rows:,} rows of {', '.join(units[rule][:4])}"
-                    + (f" and {len(units[rule]) - 4} more units" if len(units[rule]) > 4 else "")
-                    for rule, rows in sorted(rules.items())]
+    if mixture.vision is not None and mixture.chat_template == "plain" and recipe.mixture.chat_template == "auto":
+        lines.append("           chat template: plain, as the base has none (chat_template.jinja beside its config)")
+    return lines + _left_out(mixture)
+
+
+def _left_out(mixture: Mixture) -> list[str]:
+    """A line for each rule: how many rows, of which units, and the first, where nobody chose to leave it out."""
+    lines = []
+    for rule in sorted({e.rule for e in mixture.excluded}):
+        lost = [e for e in mixture.excluded if e.rule == rule]
+        rows, units = sum(e.rows for e in lost), sorted({e.unit for e in lost})
+        more = f" and {len(units) - 4} more units" if len(units) > 4 else ""
+        example = f", such as {lost[0].example}" if lost[0].example and rule not in BY_CHOICE else ""
+        lines.append(f"           left out by rule {rule}: {rows:,} rows of {', '.join(units[:4])}{more}{example}")
+    return lines
 
 
 def _image_lines(mixture: Mixture) -> list[str]:
@@ -194,6 +206,9 @@ def _image_lines(mixture: Mixture) -> list[str]:
             f"{vision.median:,} in the middle")
     if vision.max_pixels is None:
         return [line + "; mixture.images.max_pixels is not set, so that none is scaled down"]
+    if vision.scaled_down and vision.image_tokens == vision.image_tokens_uncapped:
+        return [line, f"           {vision.scaled_down:,} are scaled down to {vision.max_pixels:,} pixels, which spares no "
+                      "token: this model brings images to sizes of its own"]
     saved = 1 - vision.image_tokens / vision.image_tokens_uncapped if vision.image_tokens_uncapped else 0.0
     return [line, f"           {vision.scaled_down:,} are scaled down to {vision.max_pixels:,} pixels: {vision.image_tokens:,} "
                   f"image tokens instead of {vision.image_tokens_uncapped:,}, {saved:.0%} fewer"]

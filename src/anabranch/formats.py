@@ -8,7 +8,8 @@ message as one character, IMAGE; where it comes from is told beside the messages
     <image> in the text                    the next of the column, where no content of the row is given in such parts
     a column, and none of these            all of them, before the text of the first user turn (as TRL does)
 
-Without images in the row `<image>` is text like any other. Nothing is trimmed, mended or guessed.
+For a language model `<image>` is text like any other; for one that sees, a row with it and without images is malformed.
+Nothing is trimmed, mended or guessed.
 """
 
 from __future__ import annotations
@@ -79,6 +80,10 @@ def to_messages(row: Mapping[str, Any], form: str, *, images: bool = True) -> tu
         raise Malformed(f"holds a part that is no text ({shown.bare[:60]})")
     if images and shown.strange and form != "text":
         raise Malformed("its text holds the character U+FFFC, which stands for an image here")
+    marked = sum(m["content"].count(MARKER) for m in messages)
+    if images and marked and form != "text" and not (column or shown.places):
+        raise Malformed(f"{marked} {MARKER} in its text, and no image in the row. Its images are looked for in `images` or "
+                        "`image`; another name goes under `columns`, as in columns: {image: its name in the file}")
     return messages, _images(messages, column, shown)
 
 

@@ -63,6 +63,13 @@ class Model(Section, Grown):
     trust_remote_code: bool = False
 
 
+    @field_validator("freeze", "trainable", mode="before")
+    @classmethod
+    def _a_list(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"wanted a list, as in [{value}]")
+        return value
+
     @model_validator(mode="after")
     def _one_subset(self) -> Model:
         if self.lora is not None and self.trainable != ["*"]:
@@ -107,8 +114,10 @@ class ImageSection(Section):
     @field_validator("max_pixels", mode="before")
     @classmethod
     def _a_product(cls, value: Any) -> Any:
-        if isinstance(value, str) and (sides := re.fullmatch(r"(\d{1,6}) ?[x×] ?(\d{1,6})", value)):
+        if isinstance(value, str) and (sides := re.fullmatch(r"(\d{1,6}) ?[xX×] ?(\d{1,6})", value)):
             return int(sides[1]) * int(sides[2])
+        if value is not None and type(value) is not int:
+            raise ValueError("wanted a number of pixels, WIDTHxHEIGHT as in 784x784, or null")
         return value
 
 

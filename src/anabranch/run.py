@@ -50,12 +50,12 @@ from anabranch.engine.merging import merge_checkpoints
 from anabranch.engine.plan import parse_size
 from anabranch.errors import CorruptedError, PlanError, ProvenanceError, RecipeError
 from anabranch.evaluate import evaluate_model, evaluation_inputs
-from anabranch.families import describe_frozen, frozen_tensors, skeleton
+from anabranch.families import describe_frozen, freezes, frozen_tensors, skeleton
 from anabranch.gradients import load_halves, measure_gradients
 from anabranch.launch.local import Job, run_jobs
 from anabranch.merge import method_named
-from anabranch.mixture import build_mixture
-from anabranch.model import keep_buffers, load_tokenizer, release_memory, resolve_model
+from anabranch.mixture import build_mixture, exclusion_lines
+from anabranch.model import keep_buffers, load_tokenizer, release_memory, resolve_model, select_trainable
 from anabranch.partition import partition, whole_shares
 from anabranch.plan import load_plan, make_plan, plan_inputs
 from anabranch.recipe import Recipe
@@ -69,6 +69,7 @@ LEAVES = {"mixture": ["mixture"], "gradients": ["gradients"], "conflict": ["conf
           "train": ["branches"], "merge": ["merged", "merged.partial", "merge_methods", "merge_methods.json"],
           "evaluate": ["evaluation"], "report": ["report.html", "report.md"]}
 
+UNWANTED = ("malformed", "missing_image", "broken_image", "huge_image", "animated_image")
 RANDOM_PLANS = 20  # drawn to tell how far the branches of random groups drift apart
 
 Tell = Callable[[str], None]
@@ -160,9 +161,12 @@ def run_stages(run: Run, *, start: str | None = None, until: str = "report") -> 
 
 def tell_frozen(run: Run) -> None:
     """What `model.freeze` holds still in this family, before it is used. Raises ModelError."""
-    model = skeleton(run.base, run.recipe.model.trust_remote_code) if run.recipe.model.freeze else None
-    for line in describe_frozen(model, run.recipe.model) if model is not None else []:
-        run.tell(line)
+    section = run.recipe.model
+    model = skeleton(run.base, section.trust_remote_code) if freezes(section) else None
+    if model is not None:
+        select_trainable(model, section)
+        for line in describe_frozen(model, section):
+            run.tell(line)
 
 
 def check_ahead(recipe: Recipe) -> None:
@@ -210,10 +214,19 @@ def mixture_stage(run: Run) -> Mixture:
              f"{sum(e.rows for e in mixture.excluded):,} rows left out by rule")
     if mixture.vision is not None:
         run.tell("  " + image_line(mixture.vision))
+    for line in unwanted_lines(mixture):
+        run.tell(f"  left out: {line}")
     if lost := [e.unit for e in mixture.excluded if e.rule == "too_few_samples" and e.split == "train"]:
         run.tell(f"  left out whole, as too few rows are usable: {', '.join(lost[:8])}{', ..' if len(lost) > 8 else ''} "
                  f"(mixture/mixture.json says why, under `excluded`)")
     return mixture
+
+
+def unwanted_lines(mixture: Mixture, most: int = 5) -> list[str]:
+    """What is wrong with rows that nobody chose to leave out: a line for each rule and unit, the first few."""
+    lines = exclusion_lines([e for e in mixture.excluded if e.rule in UNWANTED])
+    more = [f".. and {len(lines) - most} more (mixture/mixture.json, under `excluded`)"] if len(lines) > most else []
+    return lines[:most] + more
 
 
 def image_line(vision: MixtureVision) -> str:
@@ -223,7 +236,8 @@ def image_line(vision: MixtureVision) -> str:
             else f"{vision.smallest:,} to {vision.largest:,} (median {vision.median:,})")
     capped = ""
     if vision.scaled_down:
-        capped = f"; {vision.scaled_down:,} scaled down to {vision.max_pixels:,} pixels, which spares {spared:,} tokens"
+        spares = f"{spared:,} tokens" if spared else "no token: this model brings images to sizes of its own"
+        capped = f"; {vision.scaled_down:,} scaled down to {vision.max_pixels:,} pixels, which spares {spares}"
     return f"images: {vision.images:,} of {each} tokens each, {vision.image_tokens:,} tokens of one budget{capped}"
 
 
@@ -234,7 +248,12 @@ def _mixture_for_split(run: Run) -> Mixture:
     if run.recipe.trainer.kind == "command":
         refuse_images(mixture, "recipe: trainer.command")
     if split.method not in ("joint", "soup"):
-        check_groups(len(mixture.units), {f"split.groups ({split.method})": split.groups})
+        try:
+            check_groups(len(mixture.units), {f"split.groups ({split.method})": split.groups})
+        except PlanError as error:
+            if whole := [e for e in mixture.excluded if e.rule != "max_samples" and e.rule != "max_tokens"]:
+                raise PlanError.of(f"{error} What was left out of the mixture:", exclusion_lines(whole)) from error
+            raise
     return mixture
 
 

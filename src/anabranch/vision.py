@@ -240,8 +240,8 @@ class Vision:
         least = (getattr(self.processor.image_processor, "size", None) or {}).get("shortest_edge") if self.factor > 1 else None
         if isinstance(least, int) and max_pixels < 4 * least:
             raise RecipeError(f"mixture.images.max_pixels: {max_pixels:,}, and this model's processor scales images up to at "
-                              f"least {least:,} pixels, so a cap so low would change pictures and spare nothing. Wanted "
-                              f"{4 * least:,} or more, or null.")
+                              f"least {least:,} pixels, so a cap near that changes pictures and spares little. Wanted "
+                              f"four times as many ({4 * least:,}) or more, or null.")
 
     def text_of(self, width: int, height: int) -> str:
         """What stands in the conversation for an image of this size."""

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from anabranch import forecast as module
+from anabranch.errors import PlanError, RecipeError
 from anabranch.families import skeleton
 from anabranch.forecast import forecast
-from anabranch.recipe import load_recipe
+from anabranch.recipe import SplitSection, load_recipe
+from anabranch.run import open_run, run_stages
 from anabranch.training_cost import memory, size_of
 from vision_models import write_vision_model
 
@@ -127,3 +129,45 @@ def test_a_dry_run_that_is_stopped_leaves_nothing(place, tmp_path, monkeypatch, 
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("tmp")] and not (place / "out").exists()
+
+
+def test_what_is_left_out_is_told_with_its_first_row(place):
+    with (place / "rows.jsonl").open() as file:
+        rows = [json.loads(line) for line in file]
+    rows += [{**row, "images": ["gone.png"] * len(row["images"])} for row in rows[:3]]
+    (place / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"path": str(place / "some.jsonl"), "images": str(place / "img"), "unit_column": "u"}
+    text = told(place, mixture={"sources": [source]})
+    assert "left out by rule missing_image: 3 rows of a, b, such as some.jsonl:41: " in text and "gone.png" in text
+
+
+def test_a_unit_that_vanishes_is_told_why_where_groups_are_too_many(place):
+    (place / "only").mkdir(exist_ok=True)
+    source = {"path": str(place / "rows.jsonl"), "images": str(place / "only"), "unit_column": "u"}
+    text = str(place / "plain.jsonl")
+    Path(text).write_text("\n".join(json.dumps({"prompt": f"{i}", "completion": "ok"}) for i in range(5)))
+    told(place, mixture={"sources": [source, {"path": text}]}, split={"groups": 1})
+    run = open_run(load_recipe(place / "recipe.yaml").model_copy(update={"split": SplitSection(groups=2)}), tell=lambda _: None)
+    with pytest.raises(PlanError, match=r"the mixture has 1 units(.|\n)*What was left out(.|\n)*missing_image(.|\n)*0\.png"):
+        run_stages(run, until="split")
+
+
+def test_a_trainable_pattern_that_matches_nothing_is_found(place):
+    with pytest.raises(RecipeError, match=r"model\.trainable: no parameter matches nothing\*"):
+        told(place, model={"freeze": [], "trainable": ["nothing*"]})
+
+
+def test_a_cap_that_spares_nothing_says_so(place):
+    text = told(place, mixture={"images": {"max_pixels": "40x40"}})
+    assert "are scaled down to 1,600 pixels, which spares no token: this model brings images to sizes of its own" in text
+
+
+@pytest.mark.parametrize("cap", ["784x", "abc", [784, 784], True])
+def test_what_a_cap_may_be(place, cap):
+    with pytest.raises(RecipeError, match=r"max_pixels: .*wanted a number of pixels, WIDTHxHEIGHT as in 784x784, or null"):
+        told(place, mixture={"images": {"max_pixels": cap}})
+
+
+def test_freeze_is_a_list(place):
+    with pytest.raises(RecipeError, match=r"model\.freeze: .*wanted a list, as in \[vision tower\]"):
+        told(place, model={"freeze": "vision tower"})

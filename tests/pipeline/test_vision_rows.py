@@ -209,9 +209,11 @@ def test_text_alone_among_images(tmp_path, qwen):
     ]
     mixture = build(tmp_path, qwen, {"path": write(tmp_path / "u.jsonl", [shown, *bare])})
     [unit] = mixture.units
-    assert colours(tmp_path / "out", unit) == [["red"], *[[]] * 7] and (unit.rows, unit.images, unit.image_tokens) == (8, 1, 4)
-    assert "user\n<image> h<|im_end|>" in texts(qwen, tmp_path / "out", unit)[-1]
-    assert mixture.excluded == []
+    assert colours(tmp_path / "out", unit) == [["red"], *[[]] * 6] and (unit.rows, unit.images, unit.image_tokens) == (7, 1, 4)
+    [lost] = mixture.excluded  # a misspelt column must not train on questions without their pictures
+    assert (lost.rule, lost.rows) == ("malformed", 1)
+    assert lost.example == ("u.jsonl:8: 1 <image> in its text, and no image in the row. Its images are looked for in "
+                            "`images` or `image`; another name goes under `columns`, as in columns: {image: its name in the file}")
 
 
 def test_a_mixture_of_text_for_a_vision_language_model_has_no_trace_of_images(tmp_path, qwen):
