@@ -213,7 +213,8 @@ def test_text_alone_among_images(tmp_path, qwen):
     [lost] = mixture.excluded  # a misspelt column must not train on questions without their pictures
     assert (lost.rule, lost.rows) == ("malformed", 1)
     assert lost.example == ("u.jsonl:8: 1 <image> in its text, and no image in the row. Its images are looked for in "
-                            "`images` or `image`; another name goes under `columns`, as in columns: {image: its name in the file}")
+                            "`images` or `image`; another name goes under `columns`, as in columns: {image: its name in the "
+                            "file}")
 
 
 def test_a_mixture_of_text_for_a_vision_language_model_has_no_trace_of_images(tmp_path, qwen):
