@@ -38,7 +38,7 @@ import numpy as np
 from anabranch.artifacts import AuditRow, Exclusion, Mixture, Unit, digest, file_digest, write_atomically
 from anabranch.errors import CorruptedError, MixtureError, OutputError
 from anabranch.material import MAKING, PLACES, Entry, Material, Place, count, locate_all, prompts_alone, read_all, settings_of
-from anabranch.mixture_summary import UnitImages, audit_row, look_back, summary
+from anabranch.mixture_summary import UnitImages, audit_row, exclusion_lines, look_back, summary
 from anabranch.pictures import Pictures
 from anabranch.recipe import Recipe
 from anabranch.rows import Rows, budget_indices, generator, images_file, save_unit
@@ -171,12 +171,6 @@ def _with_images_in(making: _Making, folder: Path | None, file: str, drawn: _Dra
     rows = replace(drawn.rows, images=stored.held_out)
     save_unit(folder / file, nothing, rows, stored.hashes)
     return rows
-
-
-def exclusion_lines(excluded: Sequence[Exclusion]) -> list[str]:
-    """One line per rule, unit and side: how many rows, and the first of them."""
-    return [f"{e.unit} ({e.split}): {e.rows:,} {'row' if e.rows == 1 else 'rows'}, {e.rule}: {e.example}"
-            for e in excluded]
 
 
 # ---- one unit --------------------------------------------------------------------------------------------------------

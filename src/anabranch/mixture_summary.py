@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from anabranch.artifacts import AuditPart, AuditRow, MixtureVision, Part, Unit
+from anabranch.artifacts import AuditPart, AuditRow, Exclusion, Mixture, MixtureVision, Part, Unit
 from anabranch.rows import Rows, StoredImage, images_file, load_unit
 from anabranch.templates import Encoded
 from anabranch.unit_images import image_hashes, run_lengths
 from anabranch.vision import Vision
 
 EXAMPLES, EXAMPLE_CHARACTERS = 8, 300
+UNWANTED = ("malformed", "missing_image", "broken_image", "huge_image", "animated_image")
 AUDIT_CHARACTERS = 2000  # of a stretch of an audited row
 
 
@@ -97,3 +98,31 @@ def summary(out: Path, units: Sequence[tuple[Unit, UnitImages]], vision: Vision,
         placeholder=vision.placeholder, max_pixels=max_pixels, images=len(distinct), scaled_down=len(scaled),
         image_tokens=sum(unit.image_tokens for unit, _ in units),
         image_tokens_uncapped=sum(images.tokens_uncapped for _, images in units), smallest=least, median=middle, largest=most)
+
+
+# ---- in words ----------------------------------------------------------------------------------------------------------
+
+
+def exclusion_lines(excluded: Sequence[Exclusion]) -> list[str]:
+    """One line per rule, unit and side: how many rows, and the first of them."""
+    return [f"{e.unit} ({e.split}): {e.rows:,} {'row' if e.rows == 1 else 'rows'}, {e.rule}: {e.example}"
+            for e in excluded]
+
+
+def unwanted_lines(mixture: Mixture, most: int = 5) -> list[str]:
+    """What is wrong with rows that nobody chose to leave out: a line for each rule and unit, the first few."""
+    lines = exclusion_lines([e for e in mixture.excluded if e.rule in UNWANTED])
+    more = [f".. and {len(lines) - most} more (mixture/mixture.json, under `excluded`)"] if len(lines) > most else []
+    return lines[:most] + more
+
+
+def image_line(vision: MixtureVision) -> str:
+    """How many images there are, the tokens that they cost, and what the pixel cap saves."""
+    spared = vision.image_tokens_uncapped - vision.image_tokens
+    each = (f"{vision.smallest:,}" if vision.smallest == vision.largest
+            else f"{vision.smallest:,} to {vision.largest:,} (median {vision.median:,})")
+    capped = ""
+    if vision.scaled_down:
+        spares = f"{spared:,} tokens" if spared else "no token: this model brings images to sizes of its own"
+        capped = f"; {vision.scaled_down:,} scaled down to {vision.max_pixels:,} pixels, which spares {spares}"
+    return f"images: {vision.images:,} of {each} tokens each, {vision.image_tokens:,} tokens of one budget{capped}"

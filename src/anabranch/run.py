@@ -38,7 +38,6 @@ from anabranch.artifacts import (
     Gradients,
     MergeManifest,
     Mixture,
-    MixtureVision,
     Plan,
     digest,
     file_digest,
@@ -54,7 +53,8 @@ from anabranch.families import describe_frozen, freezes, frozen_tensors, skeleto
 from anabranch.gradients import load_halves, measure_gradients
 from anabranch.launch.local import Job, run_jobs
 from anabranch.merge import method_named
-from anabranch.mixture import build_mixture, exclusion_lines
+from anabranch.mixture import build_mixture
+from anabranch.mixture_summary import exclusion_lines, image_line, unwanted_lines
 from anabranch.model import keep_buffers, load_tokenizer, release_memory, resolve_model, select_trainable
 from anabranch.partition import partition, whole_shares
 from anabranch.plan import load_plan, make_plan, plan_inputs
@@ -69,7 +69,6 @@ LEAVES = {"mixture": ["mixture"], "gradients": ["gradients"], "conflict": ["conf
           "train": ["branches"], "merge": ["merged", "merged.partial", "merge_methods", "merge_methods.json"],
           "evaluate": ["evaluation"], "report": ["report.html", "report.md"]}
 
-UNWANTED = ("malformed", "missing_image", "broken_image", "huge_image", "animated_image")
 RANDOM_PLANS = 20  # drawn to tell how far the branches of random groups drift apart
 
 Tell = Callable[[str], None]
@@ -220,25 +219,6 @@ def mixture_stage(run: Run) -> Mixture:
         run.tell(f"  left out whole, as too few rows are usable: {', '.join(lost[:8])}{', ..' if len(lost) > 8 else ''} "
                  f"(mixture/mixture.json says why, under `excluded`)")
     return mixture
-
-
-def unwanted_lines(mixture: Mixture, most: int = 5) -> list[str]:
-    """What is wrong with rows that nobody chose to leave out: a line for each rule and unit, the first few."""
-    lines = exclusion_lines([e for e in mixture.excluded if e.rule in UNWANTED])
-    more = [f".. and {len(lines) - most} more (mixture/mixture.json, under `excluded`)"] if len(lines) > most else []
-    return lines[:most] + more
-
-
-def image_line(vision: MixtureVision) -> str:
-    """How many images there are, the tokens that they cost, and what the pixel cap saves."""
-    spared = vision.image_tokens_uncapped - vision.image_tokens
-    each = (f"{vision.smallest:,}" if vision.smallest == vision.largest
-            else f"{vision.smallest:,} to {vision.largest:,} (median {vision.median:,})")
-    capped = ""
-    if vision.scaled_down:
-        spares = f"{spared:,} tokens" if spared else "no token: this model brings images to sizes of its own"
-        capped = f"; {vision.scaled_down:,} scaled down to {vision.max_pixels:,} pixels, which spares {spares}"
-    return f"images: {vision.images:,} of {each} tokens each, {vision.image_tokens:,} tokens of one budget{capped}"
 
 
 def _mixture_for_split(run: Run) -> Mixture:

@@ -65,7 +65,8 @@ from anabranch.engine.checkpoint import checkpoint_hash
 from anabranch.engine.fetch import resolve
 from anabranch.engine.merging import verify_files
 from anabranch.errors import CorruptedError, OutputError, ProvenanceError, RecipeError, closest
-from anabranch.mixture import exclusion_lines, held_out_rows
+from anabranch.mixture import held_out_rows
+from anabranch.mixture_summary import exclusion_lines
 from anabranch.model import keep_buffers, load_tokenizer, resolve_model, select_trainable
 from anabranch.plan import load_plan
 from anabranch.recipe import EvaluateSection, MixtureSection, Recipe, Source

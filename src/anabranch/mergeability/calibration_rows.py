@@ -18,7 +18,8 @@ import numpy as np
 
 from anabranch.artifacts import Exclusion
 from anabranch.errors import MixtureError, closest
-from anabranch.mixture import exclusion_lines, held_out_rows
+from anabranch.mixture import held_out_rows
+from anabranch.mixture_summary import exclusion_lines
 from anabranch.model import load_tokenizer
 from anabranch.recipe import EvaluateSection, MixtureSection, Recipe, Source
 from anabranch.recipe import Model as ModelSection

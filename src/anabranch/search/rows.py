@@ -17,7 +17,8 @@ import numpy as np
 
 from anabranch.artifacts import Mixture, digest
 from anabranch.errors import CorruptedError, RecipeError
-from anabranch.mixture import exclusion_lines, held_out_rows
+from anabranch.mixture import held_out_rows
+from anabranch.mixture_summary import exclusion_lines
 from anabranch.plan import load_plan
 from anabranch.recipe import EvaluateSection, MixtureSection, Recipe, Source
 from anabranch.recipe import Model as ModelSection
