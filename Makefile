@@ -28,7 +28,7 @@ lint: install
 # Workers of one thread each: the tests start many small processes. Three on two cores: many of them wait (queues, leases).
 # A file stays with one worker, as its tests share runs that take a minute to make.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q --durations=15
 
 clean:
 	rm -rf $(VENV) demo-run .pytest_cache .mypy_cache .ruff_cache

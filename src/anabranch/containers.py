@@ -118,8 +118,12 @@ def _jsonl(text: Iterable[str], path: str) -> Iterator[tuple[int, dict[str, Any]
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise MixtureError(f"{path}, line {number}: not JSON ({error}). Mend the line or take it out.") from error
+            raise MixtureError(f"{path}, line {number}: not JSON ({_told(error)}). Mend the line or take it out.") from error
         yield number, _object(value, f"{path}, line {number}")
+
+
+def _told(error: ValueError | RecursionError) -> str:
+    return "lists or objects nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
 def _json(text: io.TextIOWrapper, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -132,7 +136,7 @@ def _json(text: io.TextIOWrapper, path: str) -> Iterator[tuple[int, dict[str, An
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
-        raise MixtureError(f"{path}: not JSON that can be read ({error}).") from error
+        raise MixtureError(f"{path}: not JSON that can be read ({_told(error)}).") from error
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     if not isinstance(value, list):

@@ -156,7 +156,7 @@ def test_a_doubled_bos_is_refused():
 
 @pytest.mark.parametrize(("template", "word"), [
     (MARKED.replace("{{ m['content'] + eos_token }}{% endgeneration %}",
-                    "{{ m['content'] }}{% endgeneration %}{{ eos_token }}"), "endgeneration"),
+                    "{{ m['content'] }}{% endgeneration %}{{ '\n' + eos_token }}"), "endgeneration"),
     (BARE.replace(" + eos_token", ""), "end-of-turn"),
     # the last turn is written otherwise than the same turn in the middle of a conversation
     (BARE.replace("m['content'] + eos_token", "(('<think>' if loop.last else '') + m['content'] + eos_token)"),
