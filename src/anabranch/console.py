@@ -73,7 +73,7 @@ def imports() -> Iterator[None]:
 @contextmanager
 def reported(as_json: bool) -> Iterator[None]:
     """With --json an error is a line like all others; the exit code is the same. SIGTERM stops as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
     except AnabranchError as error:
@@ -81,6 +81,8 @@ def reported(as_json: bool) -> Iterator[None]:
             raise
         line("error", kind=type(error).__name__, message=str(error))
         raise typer.Exit(2) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
