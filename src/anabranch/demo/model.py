@@ -18,14 +18,14 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
 from anabranch.demo import tasks
@@ -210,17 +210,17 @@ def prepare_base(folder: Path, *, seed: int, taken: set[str], held_out_text: set
                 progress("base", step + 1, steps)
     finally:
         torch.set_num_threads(threads)
-    _save(model.eval(), tokenizer, folder)
+    save_base(model.eval(), tokenizer, folder)
 
 
-def _save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """All files under a temporary name first, so that a folder called `folder` is whole."""
+def save_base(model: PreTrainedModel, beside: Any, folder: Path) -> None:
+    """A model and its tokenizer or processor; under a temporary name first, so that a folder called `folder` is whole."""
     temporary = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
         logging.disable_progress_bar()  # its bar would stand between the lines of ours
         model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        beside.save_pretrained(temporary)
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:  # a full disk is the one or the other
         shutil.rmtree(temporary, ignore_errors=True)

@@ -11,15 +11,12 @@ transfer tasks as they should be.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -32,12 +29,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
-from transformers.utils import logging
 
 from anabranch.demo import picture_tasks, tasks
-from anabranch.demo.model import EOS, Sample, batched, train_tokenizer, warmed
+from anabranch.demo.model import EOS, Sample, batched, save_base, train_tokenizer, warmed
 from anabranch.demo.pictures import CELL, DIGITS, GRID, PAINT, SHAPES, SIDE, drawn, marks_of, scene
-from anabranch.errors import OutputError
 from anabranch.rows import generator
 
 IMAGE = "<image>"
@@ -263,19 +258,4 @@ def prepare_base(folder: Path, *, seed: int, taken: set[str], held_out_text: set
                 progress("base", step + 1, steps)
     finally:
         torch.set_num_threads(threads)
-    _save(model.eval(), tokenizer, folder)
-
-
-def _save(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """All files under a temporary name first, so that a folder called `folder` is whole."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
-        logging.disable_progress_bar()  # its bar would stand between the lines of ours
-        model.save_pretrained(temporary)
-        new_processor(tokenizer).save_pretrained(temporary)
-        os.replace(temporary, folder)
-    except (OSError, SafetensorError) as error:  # a full disk is the one or the other
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OutputError(f"cannot write {folder}: {error}. Free space or give another folder, then run the same "
-                          "command again: finished parts are kept.") from error
+    save_base(model.eval(), new_processor(tokenizer), folder)
