@@ -169,13 +169,15 @@ def test_a_private_file_becomes_a_readable_object(tmp_path: Path) -> None:
 
 def test_a_download_goes_on_where_it_broke_off(quiet: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "CHUNK", MIB)
-    store, file = opened("s3://runs/resume", tmp_path, patience=0.0), some_file(tmp_path / "f", 12 * MIB)
+    store, file = opened("s3://runs/resume", tmp_path), some_file(tmp_path / "f", 12 * MIB)
     ref = store.put(file)
+    store.patience = 0.0  # only now: the requests' own time-out follows the patience that the store was opened with
     whole = store._backend.read_range
     monkeypatch.setattr(store._backend, "read_range", lambda name, start, end: whole(name, start, end - 7 * (start >= 8 * MIB)))
     with pytest.raises(OutputError, match=r"did not answer for 0 s.*1048569 of 1048576 bytes came"):
         store.get(ref, tmp_path / "out")
     monkeypatch.setattr(store._backend, "read_range", whole)
+    store.patience = 8.0
     assert not (tmp_path / "out").exists() and store.moved["received"] == 8 * MIB
     store.get(ref, tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == file.read_bytes()
@@ -304,8 +306,9 @@ def test_a_large_upload_gets_through_faults(quiet: Server, tmp_path: Path, monke
 
 
 def test_patience_ends(quiet: Server, tmp_path: Path) -> None:
-    store = opened("s3://runs/patience", tmp_path, patience=1.0)
+    store = opened("s3://runs/patience", tmp_path)
     assert store.read("a") is None  # the first request loads botocore
+    store.patience = 1.0
     quiet.middleware.set(Faults(rate=1.0, kinds=("before",)))
     began = time.monotonic()
     with pytest.raises(OutputError, match=r"the store s3://runs/patience did not answer for 1 s: read a: .*run the") as told:
