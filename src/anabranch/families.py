@@ -9,6 +9,7 @@ built and checked in tests/pipeline/test_freeze.py: each preset matches, none ov
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 import re
@@ -315,27 +316,62 @@ def adapter_arguments(model: Any, section: ModelSection) -> dict[str, Any]:
     """`model.lora` for peft.LoraConfig, with the frozen layers kept out of it (`exclude_modules`).
 
     Raises:
-        RecipeError: adapters that would train what `model.freeze` holds still.
+        RecipeError: adapters that would train what `model.freeze` holds still, or half of a tied pair.
         ModelError: as `frozen_parts`.
     """
-    lora = dict(section.lora or {})
-    if not section.freeze:
-        return lora
-    canonical, still = _canonical(model), frozen_names(model, section)
-    problems = _adapter_problems(model, lora, {n for n, c in canonical.items() if c in still})
+    lora = copy.deepcopy(dict(section.lora or {}))  # peft writes into the lists that it is given
+    canonical = _canonical(model)
+    problems = []
+    if section.freeze:
+        still = frozen_names(model, section)
+        problems = _frozen_problems(model, lora, {n for n, c in canonical.items() if c in still})
+        lora |= _kept_out(model, lora, {n for n, c in canonical.items() if c in still})
+    problems += _tied_problems(model, lora, canonical)
     if problems:
-        raise RecipeError.of("recipe: model.lora and model.freeze do not fit together:", problems)
+        raise RecipeError.of("recipe: model.lora does not fit the model:", problems)
+    return lora
+
+
+def _kept_out(model: Any, lora: Mapping[str, Any], still: set[str]) -> dict[str, Any]:
+    """`exclude_modules` with the layers of frozen parameters."""
     # every kind of layer that `target_modules` may name; a tied head goes by its own name there
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)}
-    frozen = sorted(n for n in layers if canonical.get(f"{n}.weight") in still)
+    frozen = sorted(n for n in layers if f"{n}.weight" in still)
     if not frozen:
-        return lora
+        return {}
     own = lora.get("exclude_modules")
     asked = [own] if isinstance(own, str) else [rf"(?:.*\.)?{re.escape(n)}" for n in own or []]
-    return lora | {"exclude_modules": "|".join([*asked, *map(re.escape, frozen)])}
+    return {"exclude_modules": "|".join([*asked, *map(re.escape, frozen)])}
 
 
-def _adapter_problems(model: Any, lora: Mapping[str, Any], still: set[str]) -> list[str]:
+def _tied_problems(model: Any, lora: Mapping[str, Any], canonical: Mapping[str, str]) -> list[str]:
+    """Adapters that would part the head from the embedding that it is tied to: both are one tensor in the branch's files."""
+    counts = Counter(canonical.values())
+    tied = sorted({n.rpartition(".")[0] for n, c in canonical.items() if counts[c] > 1})
+    if not tied:
+        return []
+    remedy = ("It is tied: " + " and ".join(tied) + " are one tensor, so that a branch cannot hold what trains in one of them "
+              "alone. Take it out, or train that tensor whole: `modules_to_save: [embed_tokens]` with `ensure_weight_tying: true`")
+    problems = [f"`modules_to_save: {name}` would train {held[0]}. {remedy}"
+                for name in (lora.get("modules_to_save") or [] if not lora.get("ensure_weight_tying") else [])
+                if (held := [n for n in tied if any(end.endswith(name) for end in (n, *_modules_above(n)))])]
+    targets = lora.get("target_modules") or "all-linear"
+    if targets == "all-linear":  # which leaves head and embedding out
+        return problems
+    some = lora.get("layers_to_transform") is not None  # then an end of a name means modules of these layers alone
+    adapted = [n for n in tied if (n in targets if some else _names(targets, n)) and
+               not _names(lora.get("exclude_modules") or [], n)]
+    return problems + ([f"`target_modules` would put an adapter on {adapted[0]}. {remedy}"] if adapted else [])
+
+
+def _names(patterns: str | Iterable[str], module: str) -> bool:
+    """Whether peft takes the module to be meant: by a pattern for the whole name, or by the end of the name."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return any(module == p or module.endswith(f".{p}") for p in patterns)
+
+
+def _frozen_problems(model: Any, lora: Mapping[str, Any], still: set[str]) -> list[str]:
     """What would train frozen parameters beside the low-rank factors; `still`: under all their names, tied ones too."""
     problems = []
     if lora.get("bias", "none") == "all" and any(n.endswith(".bias") for n in still):

@@ -23,7 +23,7 @@ from anabranch.containers import SUFFIXES, ZIP
 from anabranch.distribute import check_launch, goes_through_store, store_url
 from anabranch.engine.checkpoint import Checkpoint
 from anabranch.errors import AnabranchError, RecipeError
-from anabranch.families import describe_frozen, skeleton
+from anabranch.families import adapter_arguments, describe_frozen, skeleton
 from anabranch.jobs import job_table
 from anabranch.mixture import build_mixture
 from anabranch.model import load_tokenizer, resolve_model, select_trainable
@@ -119,6 +119,7 @@ def _base(recipe: Recipe, folder: Path) -> tuple[Base, list[str]]:
         lines[0] += " (" + ", ".join(f"{part.name} {part.parameters:,}" for part in size.parts) + ")"
     if model is not None:
         select_trainable(model, recipe.model)
+        adapter_arguments(model, recipe.model)
         lines += [f"freeze     {line.removeprefix('freeze: ')}" for line in describe_frozen(model, recipe.model)]
     width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(recipe.merge.dtype or "")
     return Base(entries, sum(i.numel * width if width else i.size for i in infos.values()), size), lines
@@ -138,17 +139,25 @@ def _check_sources(recipe: Recipe) -> None:
 
 
 def _dry_mixture(recipe: Recipe, base: Path, progress: Progress) -> Dry | None:
-    """The real mixture stage, into a folder that is thrown away; not for data that would be downloaded."""
+    """The real mixture stage, into a folder that is thrown away; not for data that would be downloaded.
+
+    The images of one unit lie there at a time: a mixture may have more of them than a temporary folder has room for.
+    """
     if not all(Path(s.path).is_absolute() for s in _sources(recipe)):
         return None
     trust = recipe.model.trust_remote_code
     tokenizer, vision = load_tokenizer(base, trust_remote_code=trust), load_vision(base, trust_remote_code=trust)
     with _stopped_by_exception(), tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
+        out, sizes = Path(folder), list[int]()
+
+        def drop(images: Path) -> None:
+            sizes.append(images.stat().st_size)
+            images.unlink()
+
         mixture = build_mixture(recipe, tokenizer, out, vision=vision, base_hash="dry run",
-                                progress=lambda *a: progress("mixture", *a))
+                                progress=lambda *a: progress("mixture", *a), on_images=drop)
         units = [load_unit(out / unit.file, "train") for unit in mixture.units]
-        return Dry(mixture, sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+        return Dry(mixture, sum(sizes) + sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
                    max(int(rows.lengths.max()) for rows in units),
                    max((_most_of_images(rows, vision) for rows in units if rows.images is not None), default=0))
 

@@ -54,7 +54,7 @@ BATCH = 256  # rows that are tokenised at a time; has no say in the result
 
 
 def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str, vision: Vision | None = None,
-                  progress: Progress | None = None) -> Mixture:
+                  progress: Progress | None = None, on_images: Callable[[Path], None] | None = None) -> Mixture:
     """Read, check, tokenise and save the mixture; what is unchanged since the last time is not made again.
 
     Args:
@@ -64,6 +64,7 @@ def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str, 
         base_hash: recorded in `made_from`; the tokens depend on the tokenizer only.
         vision: of a vision-language model; None: a language model, for which no row may show an image.
         progress: told (unit, done, total).
+        on_images: told each file of images once its unit is saved; it may take the file away, as nothing here reads it again.
     Raises:
         MixtureError: every source that cannot be read, in one message; units of one name; a template that gives no
             response mask; images outside of their root, or for a language model; no unit left (with the table of what was
@@ -78,7 +79,7 @@ def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str, 
         content = [[e.where, e.rows.digest(), e.held_out.digest() if e.held_out else None] for e in entries]
         named = [digest([*c, e.source.model_dump(mode="json")]) for c, e in zip(content, entries, strict=True)]
         mixture = _build(recipe, tokenizer, out, base_hash, template, entries, content, named, vision, pictures,
-                         progress or (lambda *_: None))
+                         progress or (lambda *_: None), on_images)
         keys = named
         return mixture
     finally:
@@ -90,7 +91,7 @@ def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str, 
 
 def _build(recipe: Recipe, tokenizer: Any, out: Path, base_hash: str, template: Template, entries: list[Entry],
            content: list[list[str | None]], keys: list[str], vision: Vision | None, pictures: Pictures | None,
-           progress: Progress) -> Mixture:
+           progress: Progress, on_images: Callable[[Path], None] | None) -> Mixture:
     """`content`: of each entry its place and the hashes of its rows; `keys`: its name for `pictures`."""
     material = None
     if pictures is not None and not all(pictures.knows(key) for key in keys):  # which images belong to them, the rows tell
@@ -110,7 +111,7 @@ def _build(recipe: Recipe, tokenizer: Any, out: Path, base_hash: str, template: 
         vision.check_cap(recipe.mixture.images.max_pixels)
     eye = Eye(vision, pictures, recipe.mixture.images.max_pixels) if vision is not None and pictures is not None else None
     making = _Making(recipe, tokenizer, template, made_from, out,
-                     frozenset(row.key for unit in material.units.values() for row in unit.train), eye)
+                     frozenset(row.key for unit in material.units.values() for row in unit.train), eye, on_images)
     built = _build_all(making, material, progress)
     units, transfer, retention = ([b.unit for b in built[place] if b.unit] for place in PLACES)
     excluded = _sorted(material.stray + [e for place in built.values() for b in place for e in b.excluded])
@@ -187,6 +188,7 @@ class _Making:
     out: Path
     training: frozenset[bytes]
     eye: Eye | None
+    on_images: Callable[[Path], None] | None = None
 
     def encode(self, rows: Sequence[Row], unit: str) -> list[tuple[Encoded | str, list[Look]] | tuple[str, str]]:
         """Each row as tokens (or why the template refuses it) with its images; or the rule by which an image leaves it out."""
@@ -315,6 +317,8 @@ def _save(making: _Making, unit: UnitRows, path: Path, train: _Drawn, held_out: 
                 check_row(making.eye, rendered[0], shown, encoded.input_ids, unit.name)
             audits.append((split, audit_row(making.tokenizer, unit.name, row.where, path, making.out, shown, encoded,
                                             making.template.placeholder)))
+    if making.on_images is not None:
+        making.on_images(images_file(path))
     return sha256, _images_of(making, unit, train, stored, next((a for split, a in audits if split == "train"), None))
 
 

@@ -49,7 +49,7 @@ from anabranch.engine.merging import merge_checkpoints
 from anabranch.engine.plan import parse_size
 from anabranch.errors import CorruptedError, PlanError, ProvenanceError, RecipeError
 from anabranch.evaluate import evaluate_model, evaluation_inputs
-from anabranch.families import describe_frozen, freezes, frozen_tensors, skeleton
+from anabranch.families import adapter_arguments, describe_frozen, freezes, frozen_tensors, skeleton
 from anabranch.gradients import load_halves, measure_gradients
 from anabranch.launch.local import Job, run_jobs
 from anabranch.merge import method_named
@@ -150,7 +150,7 @@ def run_stages(run: Run, *, start: str | None = None, until: str = "report") -> 
     if start is not None:
         forget(run, start)
     if last >= STAGES.index("gradients"):
-        tell_frozen(run)
+        check_model(run)
     stages: dict[str, Callable[[Run], object]] = {
         "mixture": _mixture_for_split, "gradients": gradient_stage, "conflict": conflict_stage, "split": split_stage,
               "train": train_stage, "merge": merge_stage, "evaluate": evaluate_stage, "report": report_stage}
@@ -158,12 +158,14 @@ def run_stages(run: Run, *, start: str | None = None, until: str = "report") -> 
         stages[name](run)
 
 
-def tell_frozen(run: Run) -> None:
-    """What `model.freeze` holds still in this family, before it is used. Raises ModelError."""
+def check_model(run: Run) -> None:
+    """What `model.freeze` holds still in this family, before it is used. Raises ModelError; RecipeError of adapters that do
+    not fit the model."""
     section = run.recipe.model
-    model = skeleton(run.base, section.trust_remote_code) if freezes(section) else None
+    model = skeleton(run.base, section.trust_remote_code) if freezes(section) or section.lora is not None else None
     if model is not None:
         select_trainable(model, section)
+        adapter_arguments(model, section)
         for line in describe_frozen(model, section):
             run.tell(line)
 

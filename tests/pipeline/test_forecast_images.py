@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import tempfile
 import time
@@ -15,9 +16,11 @@ from anabranch import forecast as module
 from anabranch.errors import PlanError, RecipeError
 from anabranch.families import skeleton
 from anabranch.forecast import forecast
+from anabranch.model import load_tokenizer
 from anabranch.recipe import SplitSection, load_recipe
 from anabranch.run import open_run, run_stages
 from anabranch.training_cost import memory, size_of
+from anabranch.vision import load_vision
 from vision_models import write_vision_model
 
 IMAGE_TOKENS = 16  # of a 56-pixel LLaVA with patches of 14, whatever the picture
@@ -31,6 +34,7 @@ def place(tmp_path_factory):
     (folder / "img").mkdir()
     for i in range(4):
         Image.new("RGB", (60, 50), (60 * i, 9, 9)).save(folder / "img" / f"{i}.png")
+        os.utime(folder / "img" / f"{i}.png", (1e9, 1e9))  # what was written a moment ago is not remembered
     rows = [{"messages": [{"role": "user", "content": "<image>" * (3 if i == 7 else 1) + f" which {i}"},
                           {"role": "assistant", "content": "red"}],
              "images": ["0.png", "1.png", "2.png"] if i == 7 else [f"{i % 4}.png"], "u": "ab"[i % 2]} for i in range(40)]
@@ -129,6 +133,21 @@ def test_a_dry_run_that_is_stopped_leaves_nothing(place, tmp_path, monkeypatch, 
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("tmp")] and not (place / "out").exists()
+
+
+def test_the_images_of_one_unit_lie_there_at_a_time(place, tmp_path, monkeypatch):
+    """Of a mixture's gigabytes; the size that is told is that of all of them."""
+    text = told(place)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    recipe, lying, kept = load_recipe(place / "recipe.yaml"), [], module.build_mixture(
+        load_recipe(place / "recipe.yaml"), load_tokenizer(place / "base"), tmp_path / "kept", vision=load_vision(place / "base"),
+        base_hash="dry run")
+    assert len(list(tmp_path.rglob("*.images.safetensors"))) == len(kept.units) == 2
+    size = sum(path.stat().st_size for path in (tmp_path / "kept").rglob("*") if path.is_file())
+    shutil.rmtree(tmp_path / "kept")
+    again = forecast(recipe, progress=lambda *_: lying.append(len(list(tmp_path.rglob("*.images.safetensors")))))
+    assert lying == [0, 0, 0] and "\n".join(again) == text
+    assert module._dry_mixture(recipe, place / "base", lambda *_: None).size == size
 
 
 def test_what_is_left_out_is_told_with_its_first_row(place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import re
@@ -16,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from anabranch.artifacts import MergeManifest, Unit
+from anabranch.branch_folder import check_weights, dress
 from anabranch.branches import train_hash
 from anabranch.engine.checkpoint import Checkpoint, checkpoint_hash
 from anabranch.engine.merging import merge_checkpoints
-from anabranch.errors import ModelError, ProvenanceError, RecipeError
+from anabranch.errors import BranchFailed, ModelError, ProvenanceError, RecipeError
 from anabranch.families import (
     FAMILIES,
     LANGUAGE,
@@ -267,6 +269,68 @@ def test_adapters_that_are_named_sit_on_no_frozen_embedding_or_head(which, freez
         model, LoraConfig(**adapter_arguments(model, asked))).named_parameters() if ".lora_" in n}
     kept = {"q_proj"} if which == "qwen" else {"q_proj", "embed_tokens", "lm_head"} - {freeze.split(".")[-2]}
     assert adapted == kept
+
+
+HALF = [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["language_model"]},
+        {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ".*embed_tokens"},
+        {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}]
+WHOLE = [{"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, {"target_modules": "all-linear"},
+         {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, {"trainable_token_indices": [0, 1]},
+         {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
+         {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [0]}]
+
+
+def trained_and_saved(base: Path, lora: dict[str, Any], out: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a model whose adapters hold noise, and of what `_save_weights` would leave of it."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(base), LoraConfig(**{"target_modules": "all-linear", "r": 2} | copy.deepcopy(lora)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    ids = torch.arange(20, 30)[None]
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+        whole = model.merge_and_unload()
+        whole.save_pretrained(out)
+        dress(out, base, code=False)
+        check_weights(out, base, whole, section(base))
+        return trained, load_model(out)(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("lora", HALF)
+def test_adapters_of_one_half_of_a_tied_pair(lora, folders, tmp_path):
+    """Refused before anything trains: a branch's one tensor cannot be both, and peft's fold would be silently another model."""
+    with pytest.raises(RecipeError, match=r"is tied: lm_head and model\.language_model\.embed_tokens are one tensor"):
+        adapter_arguments(skeleton(folders["qwen"], False), section(folders["qwen"], lora=lora))
+    assert adapter_arguments(skeleton(folders["llava"], False), section(folders["llava"], lora=lora)) == lora  # has a head
+    try:
+        trained, saved = trained_and_saved(folders["qwen"], lora, tmp_path / "branch")
+    except BranchFailed as error:
+        assert "input embedding" in str(error)
+    else:
+        assert (trained - saved).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("lora", WHOLE)
+def test_adapters_that_leave_a_tied_pair_whole(lora, folders, tmp_path):
+    before = copy.deepcopy(lora)
+    arguments = adapter_arguments(skeleton(folders["qwen"], False), section(folders["qwen"], lora=lora))
+    assert arguments == before
+    trained, saved = trained_and_saved(folders["qwen"], arguments, tmp_path / "branch")
+    torch.testing.assert_close(saved, trained, rtol=1e-4, atol=1e-4)
+
+
+def test_the_recipe_does_not_change_under_peft(folders):
+    from peft import LoraConfig, get_peft_model
+
+    asked = section(folders["qwen"], lora={"modules_to_save": ["lm_head"], "ensure_weight_tying": True, "r": 2})
+    model, before = load_model(folders["qwen"]), asked.model_dump()
+    get_peft_model(model, LoraConfig(**{"target_modules": "all-linear"} | adapter_arguments(model, asked)))
+    assert asked.model_dump() == before
 
 
 def test_adapters_that_no_layer_is_meant_by_say_so(folders):
