@@ -350,8 +350,8 @@ def _tied_problems(model: Any, lora: Mapping[str, Any], canonical: Mapping[str, 
     tied = sorted({n.rpartition(".")[0] for n, c in canonical.items() if counts[c] > 1})
     if not tied:
         return []
-    remedy = ("It is tied: " + " and ".join(tied) + " are one tensor, so that a branch cannot hold what trains in one of them "
-              "alone. Take it out, or train that tensor whole: `modules_to_save: [embed_tokens]` with `ensure_weight_tying: true`")
+    remedy = (f"It is tied: {' and '.join(tied)} are one tensor, so that no branch can hold what trains in one of them alone. "
+              "Take it out, or train that tensor whole: `modules_to_save: [embed_tokens]` with `ensure_weight_tying: true`")
     problems = [f"`modules_to_save: {name}` would train {held[0]}. {remedy}"
                 for name in (lora.get("modules_to_save") or [] if not lora.get("ensure_weight_tying") else [])
                 if (held := [n for n in tied if any(end.endswith(name) for end in (n, *_modules_above(n)))])]

@@ -139,9 +139,8 @@ def test_the_images_of_one_unit_lie_there_at_a_time(place, tmp_path, monkeypatch
     """Of a mixture's gigabytes; the size that is told is that of all of them."""
     text = told(place)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    recipe, lying, kept = load_recipe(place / "recipe.yaml"), [], module.build_mixture(
-        load_recipe(place / "recipe.yaml"), load_tokenizer(place / "base"), tmp_path / "kept", vision=load_vision(place / "base"),
-        base_hash="dry run")
+    recipe, lying, base = load_recipe(place / "recipe.yaml"), [], place / "base"
+    kept = module.build_mixture(recipe, load_tokenizer(base), tmp_path / "kept", vision=load_vision(base), base_hash="dry run")
     assert len(list(tmp_path.rglob("*.images.safetensors"))) == len(kept.units) == 2
     size = sum(path.stat().st_size for path in (tmp_path / "kept").rglob("*") if path.is_file())
     shutil.rmtree(tmp_path / "kept")
