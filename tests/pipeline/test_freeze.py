@@ -35,9 +35,12 @@ from anabranch.families import (
     saved_tensors,
     skeleton,
 )
+from anabranch.forecast import forecast
 from anabranch.gradients import unit_key
 from anabranch.model import load_model, select_trainable
-from anabranch.recipe import Model, Recipe
+from anabranch.recipe import Model, Recipe, load_recipe
+from anabranch.run import open_run, run_stages
+from conftest import write_recipe
 from vision_models import write_vision_model
 
 NEEDS = {"aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 64,
@@ -322,6 +325,19 @@ def test_adapters_that_leave_a_tied_pair_whole(lora, folders, tmp_path):
     assert arguments == before
     trained, saved = trained_and_saved(folders["qwen"], arguments, tmp_path / "branch")
     torch.testing.assert_close(saved, trained, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_and_its_dry_run_refuse_it_before_anything_else(tmp_path, tiny_base):
+    path = write_recipe(tmp_path, tiny_base)
+    recipe = load_recipe(path)
+    lora = {"target_modules": ["q_proj", "lm_head"]}
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": lora})})
+    with pytest.raises(RecipeError, match=r"(?s)dry run: the recipe has problems.*target_modules.*It is tied: lm_head"):
+        forecast(recipe)
+    run = open_run(recipe, tell=lambda _: None)
+    with pytest.raises((RecipeError, ModelError), match="It is tied: lm_head"):
+        run_stages(run)
+    assert not (tmp_path / "run" / "mixture").exists()
 
 
 def test_the_recipe_does_not_change_under_peft(folders):
