@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-
-from anabranch.errors import RecipeError
 
 Models = list[str] | None
 
@@ -31,13 +28,19 @@ def diagnose(
 
     Exit code 1 if a verdict is bad.
     """
+    from anabranch.diagnose.arguments import check_form, parse_only
+
+    names = parse_only(only)
+    check_form(folder, {"--base": base, "--branch": branch, "--merged": merged, "--joint": joint, "--data": data})
+    # Only now: these import torch, and a mistake in the arguments should not wait seconds for it.
     from anabranch.cli import _progress, _tell
     from anabranch.diagnose import run as diagnostics
     from anabranch.diagnose.subject import Settings
+    from anabranch.run import reopen_run
 
-    names = diagnostics.parse_only(only)
     settings = Settings(points=points, rows=rows)
-    subject = _subject(folder, base, branch or [], merged, joint, data or [], settings, _tell)
+    subject = (diagnostics.subject_of_models(str(base), branch or [], merged, joint, data or [], settings, warn=_tell)
+               if folder is None else diagnostics.subject_of_run(reopen_run(folder, tell=_tell), settings))
     if dry_run:
         for cost in diagnostics.forecasts(subject, settings, names or list(diagnostics.DIAGNOSTICS)):
             _tell(f"{cost.name}: cannot be done: {cost.why}" if cost.why
@@ -50,22 +53,3 @@ def diagnose(
     if bad := [o.name for o in outcomes if o.found is not None and o.found.verdict == "bad"]:
         _tell(f"\nBad: {', '.join(bad)}.")
         raise typer.Exit(1)
-
-
-def _subject(folder: Path | None, base: str | None, branches: list[str], merged: str | None, joint: str | None,
-             data: list[str], settings: Any, tell: Callable[[str], None]) -> Any:
-    """Raises RecipeError where the arguments are neither of the two forms."""
-    foreign = {"--base": base, "--branch": branches, "--merged": merged, "--joint": joint, "--data": data}
-    given = [name for name, value in foreign.items() if value]
-    if folder is not None and given:
-        raise RecipeError(f"a run folder knows its own models and rows: leave {', '.join(given)} out, or leave RUN out.")
-    if folder is None and not (base and data):
-        missing = [name for name in ("--base", "--data") if not foreign[name]]
-        raise RecipeError(f"give a run folder, or {' and '.join(missing)} (with --branch, once per branch, and --merged): "
-                          "anabranch diagnose --base B --branch X --branch Y --merged M --data held_out.jsonl")
-    from anabranch.diagnose.run import subject_of_models, subject_of_run
-    from anabranch.run import reopen_run
-
-    if folder is not None:
-        return subject_of_run(reopen_run(folder, tell=tell), settings)
-    return subject_of_models(str(base), branches, merged, joint, data, settings, warn=tell)

@@ -43,14 +43,20 @@ def node(**options: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def head() -> Iterator[Any]:
     running = Cluster(initialize_head=True, head_node_args=node(num_cpus=0))
     try:
-        for _ in range(2):
-            running.add_node(**node(num_cpus=1))
         yield running
     finally:
         running.shutdown()
+
+
+@pytest.fixture()
+def cluster(head: Any) -> Any:
+    """Two nodes of a core each; one that a test lost is replaced for the next."""
+    while len(head.worker_nodes) < 2:
+        head.add_node(**node(num_cpus=1))
+    return head
 
 
 def shell(folder: Path, name: str, text: str, needs: tuple[str, ...] = ()) -> Job:
@@ -134,29 +140,6 @@ def test_trouble_of_a_node_is_tried_again_on_another(cluster, tmp_path):
     assert "merge: exit code 75 (3 times)" in str(error.value) and "no disk" in str(error.value)
 
 
-def test_every_job_has_a_gpu_of_its_own(cluster, tmp_path):
-    many = cluster.add_node(**node(num_cpus=2, num_gpus=2))
-    jobs = [shell(tmp_path, f"branch-{i}", f"echo $CUDA_VISIBLE_DEVICES > gpu-{i}; sleep 2") for i in range(2)]
-    run_jobs_ray(jobs, RaySection(address=cluster.address, num_gpus=1), retries=0)
-    cluster.remove_node(many)
-    assert {(tmp_path / f"gpu-{i}").read_text().strip() for i in range(2)} == {"0", "1"}
-
-
-def test_a_lost_node_costs_nothing_but_the_time(cluster, tmp_path):
-    """The node's processes are killed without a word; both jobs end on the one that is left, though retries are 0."""
-    jobs = [counting(tmp_path, f"branch-{i}", 30) for i in range(2)]
-    process = driver(cluster.address, jobs)
-    eventually(lambda: all((tmp_path / f"branch-{i}.attempts").exists() for i in range(2)))
-    raylet = parent_of(attempts(tmp_path, "branch-0")[0]["parent"])
-    lost = next(n for n in cluster.worker_nodes if n.all_processes["raylet"][0].process.pid == raylet)
-    cluster.remove_node(lost, allow_graceful=False)
-    assert process.wait(60) == 0, process.stderr.read()
-    assert all((tmp_path / f"branch-{i}.done").exists() for i in range(2))
-    assert len(attempts(tmp_path, "branch-0")) == 2 and len(attempts(tmp_path, "branch-1")) == 1
-    assert not alive(attempts(tmp_path, "branch-0")[0]["pid"])  # no command goes on beside the one that replaced it
-    cluster.add_node(**node(num_cpus=1))
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_interrupts_the_launcher_has_the_commands_save(cluster, tmp_path, number):
     process = driver(cluster.address, [counting(tmp_path, f"branch-{i}", 600) for i in range(2)])
@@ -178,18 +161,38 @@ def test_a_launcher_that_is_killed_leaves_no_command_behind(cluster, tmp_path):
     eventually(lambda: not alive(attempts(tmp_path, "branch-0")[0]["pid"]))  # told, and given no time to save
 
 
-def test_room_that_a_cluster_may_still_grow_is_waited_for(cluster, tmp_path, caplog):
+def test_room_that_a_cluster_may_still_grow_is_waited_for_and_every_job_has_a_gpu_of_its_own(cluster, tmp_path, caplog):
     late: list[Any] = []
 
     def grow(running: list[str], finished: int) -> None:
         if not late:
-            late.append(cluster.add_node(**node(num_cpus=1, resources={"big": 1})))
+            assert not finished
+            late.append(cluster.add_node(**node(num_cpus=2, num_gpus=2, resources={"big": 2})))
 
-    run_jobs_ray([shell(tmp_path, "plan", "true")], RaySection(address=cluster.address, resources={"big": 1}), retries=0,
-                 on_tick=grow)
-    cluster.remove_node(late[0])
-    assert "no node can hold a job: it asks CPU 1, GPU 0, big 1" in caplog.text
-    assert (tmp_path / "plan.done").exists()
+    both = "until test -e gpu-0 -a -e gpu-1; do sleep 0.1; done"
+    jobs = [shell(tmp_path, f"branch-{i}", f"echo $CUDA_VISIBLE_DEVICES > gpu-{i}; {both}") for i in range(2)]
+    try:
+        run_jobs_ray(jobs, RaySection(address=cluster.address, num_gpus=1, resources={"big": 1}), retries=0, on_tick=grow)
+    finally:
+        for grown in late:
+            cluster.remove_node(grown)
+    assert "no node can hold a job: it asks CPU 1, GPU 1, big 1" in caplog.text
+    assert {(tmp_path / f"gpu-{i}").read_text().strip() for i in range(2)} == {"0", "1"}
+    assert all((tmp_path / f"branch-{i}.done").exists() for i in range(2))
+
+
+def test_a_lost_node_costs_nothing_but_the_time(cluster, tmp_path):
+    """The node's processes are killed without a word; both jobs end on the one that is left, though retries are 0."""
+    jobs = [counting(tmp_path, f"branch-{i}", 30) for i in range(2)]
+    process = driver(cluster.address, jobs)
+    eventually(lambda: all((tmp_path / f"branch-{i}.attempts").exists() for i in range(2)))
+    raylet = parent_of(attempts(tmp_path, "branch-0")[0]["parent"])
+    lost = next(n for n in cluster.worker_nodes if n.all_processes["raylet"][0].process.pid == raylet)
+    cluster.remove_node(lost, allow_graceful=False)
+    assert process.wait(60) == 0, process.stderr.read()
+    assert all((tmp_path / f"branch-{i}.done").exists() for i in range(2))
+    assert len(attempts(tmp_path, "branch-0")) == 2 and len(attempts(tmp_path, "branch-1")) == 1
+    assert not alive(attempts(tmp_path, "branch-0")[0]["pid"])  # no command goes on beside the one that replaced it
 
 
 def test_a_ray_of_our_own_reports_to_nobody_and_goes_away(tmp_path, monkeypatch):

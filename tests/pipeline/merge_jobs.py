@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import gc
 import json
 import os
 import resource
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer.main
 from safetensors.torch import load_file, save_file
 
 # Calls that leave a trace on the disk, where a crash may fall.
@@ -101,9 +104,13 @@ def _serve() -> None:
     import yaml  # noqa: F401
 
     import anabranch.cli
-    import anabranch.engine.merging  # noqa: F401
+    import anabranch.engine.merging
 
     torch.set_num_threads(1)
+    typer.main.get_command = functools.cache(typer.main.get_command)  # it takes longer than a small merge
+    typer.main.get_command(anabranch.cli.app)
+    gc.collect()
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         job = json.loads(line)

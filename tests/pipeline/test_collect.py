@@ -29,6 +29,7 @@ from anabranch.model import can_select, load_model, load_tokenizer
 from anabranch.recipe import load_recipe
 from anabranch.rows import Rows, load_unit
 from conftest import write_recipe
+from jobs_here import jobs_done_here
 
 TASKS = ["copy", "first", "reverse"]
 MADE = ("table.csv", "sets.csv", "collect.json", "outcomes.jsonl")
@@ -50,7 +51,8 @@ def collected(tmp_path_factory, tiny_base) -> Path:
         if stage == "merge":
             seen.append((done, len(table.read_text().splitlines()) - 1 if table.exists() else 0))
 
-    collect(recipe_of(folder), **ASKED, progress=progress)
+    with jobs_done_here():
+        collect(recipe_of(folder), **ASKED, progress=progress)
     (folder / "seen.json").write_text(json.dumps(seen))
     return folder
 

@@ -12,7 +12,7 @@ from anabranch.artifacts import ArmSummary, Comparison, MergeManifest
 from anabranch.compare import parse_arms, verdict
 from anabranch.errors import RecipeError
 from anabranch.scores import paired_interval, wilcoxon_better
-from conftest import TASKS, anabranch, task_rows, write_rows
+from conftest import TASKS, anabranch, here, task_rows, write_rows
 
 ARMS = "base,joint,joint_matched,joint_batch:2,soup:2,merit:1"
 
@@ -28,7 +28,7 @@ def compared(tmp_path_factory, tiny_base) -> Path:
         "train": {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "save_strategy": "no"},
         "evaluate": {"generate_samples": 2, "max_samples": 4}, "output": "run"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = anabranch("compare", folder / "recipe.yaml", "--methods", ARMS, "--seeds", 1)
+    done = here("compare", folder / "recipe.yaml", "--methods", ARMS, "--seeds", 1)
     assert "merit:1" in done.stdout and "Every arm" in done.stdout
     return folder
 
@@ -70,14 +70,15 @@ def test_only_what_is_missing_is_made_again(compared):
     before = {p: p.stat().st_mtime_ns for p in run.glob("compare/*/seed-0/arm.json")}
     gone = run / "compare/soup-2/seed-0/arm.json"
     gone.unlink()
+    # Here as a user runs it, and the arm as a process of its own.
     anabranch("compare", compared / "recipe.yaml", "--methods", ARMS, "--seeds", 1)
     after = {p: p.stat().st_mtime_ns for p in run.glob("compare/*/seed-0/arm.json")}
     assert after.keys() == before.keys() and {p for p in after if after[p] != before[p]} == {gone}
 
 
 def test_another_learning_rate_is_another_comparison(compared):
-    refused = anabranch("compare", compared / "recipe.yaml", "--methods", ARMS, "--seeds", 1, "--set",
-                        "train.learning_rate=0.5", check=False)
+    refused = here("compare", compared / "recipe.yaml", "--methods", ARMS, "--seeds", 1, "--set",
+                   "train.learning_rate=0.5", check=False)
     assert refused.returncode == 2 and "another train" in refused.stderr and "Traceback" not in refused.stderr
 
 

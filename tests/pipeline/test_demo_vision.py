@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections import Counter
@@ -40,6 +41,7 @@ def run(demo: Path) -> Run:
     return run
 
 
+@functools.cache
 def rows_of(name: str) -> list[tasks.Row]:
     train, held_out = picture_tasks.unit_rows(name, 0)
     return train + held_out
@@ -51,14 +53,11 @@ def rows_of(name: str) -> list[tasks.Row]:
 def cells(picture: str) -> dict[tuple[int, int], str]:
     """(column, row) -> colour of each cell with paint in it, read off the pixels."""
     pixels = np.asarray(drawn(picture)).astype(int)
-    found = {}
-    for row in range(GRID):
-        for column in range(GRID):
-            cell = pixels[row * CELL: (row + 1) * CELL, column * CELL: (column + 1) * CELL].reshape(-1, 3)
-            counts = {name: int((cell == paint).all(1).sum()) for name, paint in PAINT.items()}
-            if max(counts.values()):
-                found[column, row] = max(counts, key=lambda name: counts[name])
-    return found
+    painted = np.stack([(pixels == paint).all(-1) for paint in PAINT.values()], -1)
+    counts = painted.reshape(GRID, CELL, GRID, CELL, len(PAINT)).sum((1, 3))
+    names = list(PAINT)
+    return {(column, row): names[int(counts[row, column].argmax())]
+            for row in range(GRID) for column in range(GRID) if counts[row, column].any()}
 
 
 def test_a_mark_lies_in_its_cell_in_its_colour():

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from anabranch.diagnose.arguments import parse_only
 from anabranch.diagnose.artifacts import KINDS, Displacement, LinearModeConnectivity
 from anabranch.diagnose.run import (
     DIAGNOSTICS,
     Forecast,
     forecasts,
-    parse_only,
     run_diagnostics,
     subject_of_models,
     subject_of_run,
@@ -26,7 +26,7 @@ from anabranch.engine.merging import merge_checkpoints
 from anabranch.errors import AnabranchError, RecipeError
 from anabranch.rows import Rows
 from anabranch.run import reopen_run
-from conftest import anabranch, task_rows, write_recipe, write_rows
+from conftest import anabranch, here, task_rows, write_recipe, write_rows
 
 SMALL = Settings(points=5, rows=24, grid=4, draws=2, steps=6, top=3, sigmas_isotropic=(0.01, 0.05), sigmas_filter=(0.1, 0.3),
                  sizes=(4, 8, 12))
@@ -38,8 +38,8 @@ def run_folder(tmp_path_factory, tiny_base) -> Path:
     """A trained run of two branches, with joint training beside it."""
     folder = tmp_path_factory.mktemp("diagnosed")
     recipe = write_recipe(folder, tiny_base)
-    anabranch("run", recipe, "--until", "merge")
-    anabranch("compare", recipe, "--methods", "base,joint", "--seeds", "1")
+    here("run", recipe, "--until", "merge")
+    here("compare", recipe, "--methods", "base,joint", "--seeds", "1")
     return folder / "run"
 
 
@@ -182,7 +182,7 @@ def test_the_command_on_a_run(run_folder, tmp_path):
     assert ("Bad:" in done.stdout) == (done.returncode == 1)
     assert {p.name for p in (tmp_path / "d").iterdir()} == {f"{n}.{e}" for n in ("displacement", "generalization")
                                                              for e in ("json", "png")}
-    dry = anabranch("diagnose", run_folder, "--dry-run", "-o", tmp_path / "dry")
+    dry = here("diagnose", run_folder, "--dry-run", "-o", tmp_path / "dry")
     assert "lmc:" in dry.stdout and "Nothing was measured." in dry.stdout and not (tmp_path / "dry").exists()
 
 
@@ -218,9 +218,9 @@ def foreign(tmp_path_factory, tiny_base) -> Path:
 
 
 def test_checkpoints_from_anywhere(foreign, tiny_base, tmp_path):
-    done = anabranch("diagnose", "--base", tiny_base, "--branch", foreign / "x", "--branch", foreign / "y", "--merged",
-                     foreign / "merged", "--data", foreign / "held_out.jsonl", "--points", "5", "-o", tmp_path / "d",
-                     "--only", "displacement,lmc,generalization,map", check=False)
+    done = here("diagnose", "--base", tiny_base, "--branch", foreign / "x", "--branch", foreign / "y", "--merged",
+                foreign / "merged", "--data", foreign / "held_out.jsonl", "--points", "5", "-o", tmp_path / "d",
+                "--only", "displacement,lmc,generalization,map", check=False)
     assert done.returncode in (0, 1), done.stderr
     assert len(list((foreign / "y").glob("*.safetensors"))) > 1
     found = Displacement.load(tmp_path / "d" / "displacement.json")
@@ -233,11 +233,18 @@ def test_checkpoints_from_anywhere(foreign, tiny_base, tmp_path):
 
 
 def test_a_wrecked_merge_is_a_bad_verdict_and_exit_code_1(foreign, tiny_base, tmp_path):
-    done = anabranch("diagnose", "--base", tiny_base, "--branch", foreign / "x", "--branch", foreign / "y", "--merged",
-                     foreign / "wreck", "--data", foreign / "many.jsonl", "--only", "generalization,displacement",
-                     "-o", tmp_path / "d", check=False)
+    done = here("diagnose", "--base", tiny_base, "--branch", foreign / "x", "--branch", foreign / "y", "--merged",
+                foreign / "wreck", "--data", foreign / "many.jsonl", "--only", "generalization,displacement",
+                "-o", tmp_path / "d", check=False)
     assert done.returncode == 1 and "Bad: generalization." in done.stdout
     assert "is not that weighted mean" in done.stdout
+
+
+@pytest.fixture()
+def bad_arguments(foreign, tiny_base, tmp_path) -> dict[str, Path]:
+    (tmp_path / "empty").mkdir()
+    return {"BASE": tiny_base, "DATA": foreign / "held_out.jsonl", "MERGED": foreign / "merged", "UNTIED": foreign / "untied",
+            "EMPTY": tmp_path / "empty"}
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -245,26 +252,37 @@ def test_a_wrecked_merge_is_a_bad_verdict_and_exit_code_1(foreign, tiny_base, tm
     (["--base", "BASE"], "give a run folder, or --data"),
     ([], "give a run folder, or --base and --data"),
     (["--base", "BASE", "--data", "DATA"], "nothing to compare the base with"),
-    (["--base", "nowhere/at/all", "--merged", "MERGED", "--data", "DATA"], "no such folder"),
-    (["--base", "BASE", "--merged", "MERGED", "--data", "missing.jsonl"], "missing.jsonl"),
-    (["--base", "BASE", "--merged", "UNTIED", "--data", "DATA"], "tie_word_embeddings"),
     (["RUN", "--only", "lmc,displacment"], "Did you mean `displacement`?"),
     (["RUN", "--only", ""], "wanted names"),
     (["EMPTY"], "not a run folder"),
 ])
-def test_bad_input_is_one_message_and_exit_code_2(arguments, words, foreign, tiny_base, run_folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    names = {"RUN": run_folder, "BASE": tiny_base, "DATA": foreign / "held_out.jsonl", "MERGED": foreign / "merged",
-             "UNTIED": foreign / "untied", "EMPTY": tmp_path / "empty"}
+def test_bad_arguments_are_one_message_and_exit_code_2_before_torch_is_imported(arguments, words, bad_arguments, run_folder,
+                                                                                tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # a line for each module on stderr
+    names = bad_arguments | {"RUN": run_folder}
     done = anabranch("diagnose", *(names.get(a, a) for a in arguments), check=False, cwd=tmp_path)
+    lines = done.stderr.splitlines()
+    imported = {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
+    told = "\n".join(line for line in lines if not line.startswith("import time:"))
+    assert done.returncode == 2 and words in told, told
+    assert "anabranch.cli_diagnose" in imported and not imported & {"torch", "numpy", "scipy", "transformers"}
+    assert "Traceback" not in told and not list(tmp_path.glob("**/*.json"))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--base", "nowhere/at/all", "--merged", "MERGED", "--data", "DATA"], "no such folder"),
+    (["--base", "BASE", "--merged", "MERGED", "--data", "missing.jsonl"], "missing.jsonl"),
+    (["--base", "BASE", "--merged", "UNTIED", "--data", "DATA"], "tie_word_embeddings"),
+])
+def test_bad_input_is_one_message_and_exit_code_2(arguments, words, bad_arguments, tmp_path):
+    done = here("diagnose", *(bad_arguments.get(a, a) for a in arguments), check=False, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.glob("**/*.json"))
 
 
-def test_a_run_that_is_not_trained_says_what_to_do(tmp_path, tiny_base):
-    recipe = write_recipe(tmp_path, tiny_base)
-    anabranch("run", recipe, "--until", "split")
-    done = anabranch("diagnose", tmp_path / "run", check=False)
+def test_a_run_that_is_not_trained_says_what_to_do(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("branches", "merged", "compare*"))
+    done = here("diagnose", tmp_path / "run", check=False)
     assert done.returncode == 2 and "branch 0, 1 is not there yet" in done.stderr
 
 
@@ -303,15 +321,15 @@ def test_models_that_mean_something_else_by_their_weights_are_refused(foreign, t
     fp8 = altered(foreign / "x", tmp_path / "fp8", model__norm__weight=torch.ones(32).to(torch.float8_e4m3fn))
     nan = altered(foreign / "x", tmp_path / "nan", model__norm__weight=torch.full((32,), float("nan")))
     for model, words in ((rope, "rope_parameters"), (fp8, "quantised"), (nan, "NaN or infinity")):
-        done = anabranch("diagnose", "--base", tiny_base, "--branch", model, "--merged", foreign / "merged", "--data",
-                         foreign / "held_out.jsonl", "--rows", "8", "-o", tmp_path / "d", check=False)
+        done = here("diagnose", "--base", tiny_base, "--branch", model, "--merged", foreign / "merged", "--data",
+                    foreign / "held_out.jsonl", "--rows", "8", "-o", tmp_path / "d", check=False)
         assert done.returncode == 2 and words in done.stderr and "branch-0" in done.stderr, (words, done.stderr)
         assert not list((tmp_path / "d").glob("*.json"))
 
 
 def test_a_merged_model_alone_is_compared_with_its_base(foreign, tiny_base, tmp_path):
-    done = anabranch("diagnose", "--base", tiny_base, "--merged", foreign / "merged", "--data", foreign / "held_out.jsonl",
-                     "--only", "displacement,lmc,surface", "--rows", "16", "--points", "3", "-o", tmp_path / "d")
+    done = here("diagnose", "--base", tiny_base, "--merged", foreign / "merged", "--data", foreign / "held_out.jsonl",
+                "--only", "displacement,lmc,surface", "--rows", "16", "--points", "3", "-o", tmp_path / "d")
     assert "a plane wants three models" in done.stdout
     assert "With 2 blocks of rows" in done.stdout  # too few to condemn or acquit
 
@@ -321,13 +339,13 @@ def test_weights_that_changed_and_models_of_another_run_are_refused(run_folder, 
     path = copy / "merged" / "model.safetensors"
     path = path if path.exists() else next((copy / "merged").glob("*.safetensors"))
     save_file({n: t * 1.5 for n, t in load_file(path).items()}, path, {"format": "pt"})
-    done = anabranch("diagnose", copy, "--only", "displacement", check=False)
+    done = here("diagnose", copy, "--only", "displacement", check=False)
     assert done.returncode == 2 and "changed since the merge" in done.stderr
     stranger = shutil.copytree(run_folder, tmp_path / "other")
     manifest = json.loads((stranger / "merged" / "manifest.json").read_text())
     manifest["made_from"]["branch-0"] = "0" * 64
     (stranger / "merged" / "manifest.json").write_text(json.dumps(manifest))
-    done = anabranch("diagnose", stranger, "--only", "displacement", check=False)
+    done = here("diagnose", stranger, "--only", "displacement", check=False)
     assert done.returncode == 2 and "was merged from another branch-0" in done.stderr
 
 
@@ -337,7 +355,7 @@ def test_joint_training_of_another_budget_is_left_out(run_folder, tmp_path):
     told = json.loads(arm.read_text())
     told["made_from"]["train"] = "another"
     arm.write_text(json.dumps(told))
-    done = anabranch("diagnose", copy, "--only", "displacement")
+    done = here("diagnose", copy, "--only", "displacement")
     assert "left out: trained with another train" in done.stdout
     assert "joint" not in Displacement.load(copy / "diagnostics" / "displacement.json").labels
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -114,7 +115,7 @@ TIES: dict[str, Any] = {"per_model": {"density": 0.4}}
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
 def test_kill_9_at_random_moments(method, large, tmp_path, jobs):
-    """Ten moments each, from before the folder exists to the rename; then the same command, and the very same files."""
+    """Six moments each, from before the folder exists to the rename; then the same command, and the very same files."""
     config = write_config(tmp_path, config_of(large, method, per_model={"density": 0.4}, out_dtype="bfloat16"))
     command = ("merge", config, "out", "--threads", "2", "--max-shard-size", "6MB", "-q")
     times = []
@@ -127,10 +128,10 @@ def test_kill_9_at_random_moments(method, large, tmp_path, jobs):
     wanted = files_of(tmp_path / "out")
     assert sum(name.endswith(".safetensors") for name in wanted) == 3
     moments, killed, midway = random.Random(f"kill {method}"), 0, 0
-    for i in range(10):
+    for i in range(6):
         shutil.rmtree(tmp_path / "out")
         running = jobs.begin(*command, folder=str(tmp_path))
-        time.sleep(lasted * (i + moments.random()) / 10)
+        time.sleep(lasted * (i + moments.random()) / 6)
         os.kill(running[0], signal.SIGKILL)  # it is not waited for yet, so the number is still its own
         ended = jobs.end(running)
         killed += ended.code == -signal.SIGKILL
@@ -142,7 +143,7 @@ def test_kill_9_at_random_moments(method, large, tmp_path, jobs):
         assert (again.code, again.text) == (0, "")
         assert files_of(tmp_path / "out") == wanted
         assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "out"]
-    assert killed >= 6 and midway >= 2, (killed, midway)
+    assert killed >= 4 and midway >= 1, (killed, midway)
 
 
 def test_kill_9_before_every_call_that_touches_the_disk(tmp_path_factory, tmp_path, jobs):
@@ -178,36 +179,46 @@ def test_killed_again_and_again(small_models, tmp_path, jobs):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+def begun(pid: int, moment: str) -> bool:
+    """Has it begun to import torch ("import"), or to write ("partial", in its working folder)?"""
+    with contextlib.suppress(OSError):
+        if moment == "import":
+            return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+        return Path(f"/proc/{pid}/cwd/out.partial/{JOURNAL}").exists()
+    return False
+
+
 @pytest.mark.parametrize("signal_, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_asked_to_stop(signal_, code, large, tmp_path):
-    """The command itself, at moments from its first import on: a line, the code that shells expect, and it goes on later."""
+def test_asked_to_stop(signal_, code, large, tmp_path, jobs):
+    """The command itself, while it imports and while it writes: a line, the code that shells expect, and it goes on later."""
     config = write_config(tmp_path, config_of(large, "ties", per_model={"density": 0.4}))
     command = [sys.executable, "-m", "anabranch", "merge", str(config), "out", "--threads", "2"]
-    stopped = 0
-    for moment in ("partial", 1.0):
+    stopped = False
+    for moment in ("import", *["partial"] * 4):
         # a suite that a shell runs in the background ignores SIGINT, and so would what it starts
         running = subprocess.Popen(command, cwd=tmp_path, env=COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    text=True, preexec_fn=lambda: signal.signal(signal_, signal.SIG_DFL))
-        until = time.monotonic() + (20 if moment == "partial" else moment)
-        while time.monotonic() < until and running.poll() is None:
-            if moment == "partial" and (tmp_path / "out.partial" / JOURNAL).exists():
-                break
+        until = time.monotonic() + 60
+        while time.monotonic() < until and running.poll() is None and not begun(running.pid, moment):
             time.sleep(0.005)
         running.send_signal(signal_)
         _, err = running.communicate(timeout=60)
         assert "Traceback" not in err, err
         if running.returncode == 0:
-            break  # it had finished
+            shutil.rmtree(tmp_path / "out")
+            continue  # it had finished
         if running.returncode == -signal_:  # it was still importing, where a stop simply ends it
             assert not err
             continue
-        stopped += 1
+        stopped = True
         assert running.returncode == code, (running.returncode, err)
         assert "same command goes on" in err
         assert not (tmp_path / "out").exists()
+        if moment == "partial":
+            break
     assert stopped
-    done = subprocess.run(command, cwd=tmp_path, env=COMMAND, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    done = jobs.run(*command[3:], folder=str(tmp_path))
+    assert done.code == 0, done.text
     assert verify_files(tmp_path / "out") == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "out"]
 

@@ -16,7 +16,7 @@ from anabranch.errors import OutputError, RecipeError
 from anabranch.operators import compare_operators, mean_evaluation, operators_markdown, parse_methods, summarise, verdict
 from anabranch.recipe import load_recipe
 from anabranch.run import open_run
-from conftest import anabranch, write_recipe
+from conftest import here, write_recipe
 
 ISSUE = "token_weighted,ties,star,tsv,iso_cts"
 
@@ -25,7 +25,7 @@ ISSUE = "token_weighted,ties,star,tsv,iso_cts"
 def merged(tmp_path_factory, tiny_base) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("operators")
     recipe = write_recipe(folder, tiny_base)
-    return folder, anabranch("compare", recipe, "--merge-methods", ISSUE).stdout
+    return folder, here("compare", recipe, "--merge-methods", ISSUE).stdout
 
 
 def compared(folder: Path, methods: str, changes: dict[str, object] | None = None) -> Operators:

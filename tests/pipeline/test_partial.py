@@ -20,7 +20,7 @@ from anabranch.partial import merge_present, present_branches, present_lines
 from anabranch.plan import load_plan
 from anabranch.recipe import load_recipe
 from anabranch.run import Run, merge_branches, merge_stage, open_run, run_stages, wanted_plan
-from conftest import anabranch, write_recipe
+from conftest import anabranch, here, write_recipe
 
 
 def make_branch(run: Run, plan: Plan, k: int) -> None:
@@ -184,7 +184,7 @@ def test_branches_that_are_done_in_the_store_are_brought_home_first(run, tmp_pat
 
 def test_the_command(run, tmp_path):
     shutil.rmtree(run.branch(2))
-    dry = anabranch("merge", run.folder, tmp_path / "out", "--partial", "--dry-run")
+    dry = here("merge", run.folder, tmp_path / "out", "--partial", "--dry-run")
     assert "PARTIAL MERGE: branch 2" in dry.stderr and not (tmp_path / "out").exists()
     done = anabranch("merge", run.folder, tmp_path / "out", "--partial", "--json")
     events = [json.loads(line) for line in done.stdout.splitlines()]
@@ -201,7 +201,7 @@ def test_options_that_do_not_fit_are_refused(whole, tmp_path, arguments, said):
     shutil.copytree(whole.folder, tmp_path / "lacking", ignore=shutil.ignore_patterns("branches"))
     places = {"run": whole.folder, "config": tmp_path / "merge.yaml"} | {n: tmp_path / n for n in ("lacking", "empty")}
     first, *rest = [a.format(**places) for a in arguments]
-    refused = anabranch("merge", first, tmp_path / "out", *rest, check=False)
+    refused = here("merge", first, tmp_path / "out", *rest, check=False)
     assert refused.returncode == 2 and said in refused.stderr and "Traceback" not in refused.stderr
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from anabranch.artifacts import BranchManifest, Evaluation, Mixture, Pilot, Plan
@@ -19,7 +20,7 @@ from anabranch.pilot import default_arms, parse_pilot_arms, parse_todo
 from anabranch.pilot_budget import full_batch, pilot_batch, pilot_recipe
 from anabranch.pilot_words import pilot_lines
 from anabranch.recipe import load_recipe
-from conftest import anabranch, write_recipe
+from conftest import here, write_recipe
 
 ONE = ("--set", "launch.threads=1")  # two threads of two processes spin against each other
 ARMS = "joint,joint_matched,joint_batch:2,soup:2,merit:1"
@@ -38,10 +39,12 @@ def piloted(tmp_path_factory, tiny_base) -> Path:
     while len(list(folder.glob("run/pilot/share-*/compare/*/seed-0/arm.json"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
+    workers = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert not psutil.wait_procs(workers, timeout=120)[1]  # they see that nobody waits for them, and end
     assert not (folder / "run" / "pilot.json").exists()
-    done = anabranch("pilot", recipe, *OPTIONS)
+    done = here("pilot", recipe, *OPTIONS)
     assert "1. How far" in done.stdout and done.stdout.index("1. How far") < done.stdout.index("2. Which arm")
     assert "Recommended: " in done.stdout and "Cost: " in done.stdout
     return folder
@@ -85,7 +88,7 @@ def test_groups_are_the_full_run_s(piloted):
     plans = [Plan.load(piloted / f"run/pilot/share-{s}/compare/merit-1/seed-0/plan.json") for s in SHARES]
     groups = [{u.unit: u.group for u in p.units} for p in plans]
     assert groups[0] == groups[1]
-    anabranch("run", piloted / "recipe.yaml", "--until", "split")
+    here("run", piloted / "recipe.yaml", "--until", "split")
     assert {u.unit: u.group for u in Plan.load(piloted / "run" / "plan.json").units} == groups[0]
 
 
@@ -111,14 +114,14 @@ def test_what_is_made_again_is_the_same(piloted):
     for lost in ("share-0.1/compare/merit-1", "share-0.4/compare/joint_matched-merit-1"):
         (run / "pilot" / lost / "seed-0" / "arm.json").unlink()
     (run / "pilot.json").unlink()
-    anabranch("pilot", piloted / "recipe.yaml", *OPTIONS)
+    here("pilot", piloted / "recipe.yaml", *OPTIONS)
     after = json.loads((run / "pilot.json").read_text())
     before.pop("cost"), after.pop("cost")
     assert before == after and kept.stat().st_mtime_ns == when
 
 
 def test_another_learning_rate_is_refused(piloted):
-    refused = anabranch("pilot", piloted / "recipe.yaml", *OPTIONS, "--set", "train.learning_rate=0.5", check=False)
+    refused = here("pilot", piloted / "recipe.yaml", *OPTIONS, "--set", "train.learning_rate=0.5", check=False)
     assert refused.returncode == 2 and "another train" in refused.stderr and "Traceback" not in refused.stderr
 
 

@@ -19,28 +19,50 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import anabranch, write_recipe
+from conftest import anabranch, here, write_recipe
 
-# Runs the pipeline and kills itself, as kill -9 would, at the n-th word that a stage says of its progress.
+# For every line `RECIPE STAGE N`, a process that runs the pipeline and kills itself, as kill -9 would, at the N-th word that
+# the stage says of its progress; then a line with its exit code. Each is forked from one that has done nothing but import.
 KILLER = """
 import os, signal, sys
 from pathlib import Path
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 from anabranch.recipe import load_recipe
 from anabranch.run import open_run, run_stages
-heard = 0
-def progress(stage, what, done, total):
-    global heard
-    heard += stage == sys.argv[2]
-    if heard == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-run_stages(open_run(load_recipe(Path(sys.argv[1])), tell=lambda text: None, progress=progress))
+def killed(recipe, stage, word):
+    heard = 0
+    def progress(said, what, done, total):
+        nonlocal heard
+        heard += said == stage
+        if heard == int(word):
+            os.kill(os.getpid(), signal.SIGKILL)
+    run_stages(open_run(load_recipe(Path(recipe)), tell=lambda text: None, progress=progress))
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        signal.alarm(300)
+        os.dup2(2, 1)
+        try:
+            killed(*line.split())
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def kill_in(recipe: Path, stage: str, word: int) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLER, str(recipe), stage, str(word)], capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+@pytest.fixture()
+def kill_in(tmp_path):
+    """(recipe, stage, word): the pipeline in a process that is killed there."""
+    with open(tmp_path / "killed.txt", "w+") as log, subprocess.Popen(
+            [sys.executable, "-c", KILLER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as killer:
+
+        def kill(recipe: Path, stage: str, word: int) -> None:
+            print(recipe, stage, word, file=killer.stdin, flush=True)
+            assert killer.stdout.readline() == f"{-signal.SIGKILL}\n", (stage, (tmp_path / "killed.txt").read_text())
+
+        yield kill
+        killer.kill()  # it has nothing to leave in order
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -55,7 +77,7 @@ def finished(tmp_path_factory, tiny_base):
     """One uninterrupted run; tests copy it or only read it."""
     folder = tmp_path_factory.mktemp("finished")
     write_recipe(folder, tiny_base)
-    told = anabranch("run", folder / "recipe.yaml").stdout
+    told = here("run", folder / "recipe.yaml").stdout
     return folder, told
 
 
@@ -101,11 +123,11 @@ def test_a_second_run_does_nothing_again(finished, tmp_path):
     recipe = copied(finished, tmp_path)
     run = recipe.parent / "run"
     before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in run.rglob("*.safetensors")}
-    anabranch("run", recipe)
+    here("run", recipe)
     assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in run.rglob("*.safetensors")} == before
 
 
-def test_killed_in_every_stage_loses_nothing(finished, tmp_path):
+def test_killed_in_every_stage_loses_nothing(finished, kill_in, tmp_path):
     """kill -9 in each stage of one run, then the same command: the same bytes as a run that nobody killed."""
     recipe_file = copied(finished, tmp_path)
     run = recipe_file.parent / "run"
@@ -140,7 +162,7 @@ def test_killed_branch_goes_on_from_its_checkpoint(finished, tmp_path):
     if process.poll() is None:
         os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    resumed = anabranch("train-branch", run, 0)
+    resumed = here("train-branch", run, 0)
     assert "steps" in resumed.stdout
     again = json.loads((run / "branches" / "0" / "branch.json").read_text())
     never = json.loads((finished[0] / "run" / "branches" / "0" / "branch.json").read_text())
@@ -182,14 +204,14 @@ def test_adding_a_unit_measures_only_that_unit(finished, tmp_path):
     write_rows(recipe.parent / "data" / "double.jsonl", task_rows("double", 24, offset=50))
     (recipe.parent / "transfer" / "double.jsonl").unlink()
     write_rows(recipe.parent / "transfer" / "other.jsonl", task_rows("double", 8))
-    anabranch("run", recipe, "--until", "conflict")
+    here("run", recipe, "--until", "conflict")
     after = {p.name: p.stat().st_mtime_ns for p in (run / "gradients" / "units").glob("*.safetensors")}
     assert len(after) == len(before) + 1 and {n: after[n] for n in before} == before
     grown = digests(run)
     shutil.rmtree(run / "conflict")
-    anabranch("run", recipe, "--until", "conflict")
+    here("run", recipe, "--until", "conflict")
     assert digests(run) == grown, "conflict from what was known differs from conflict anew"
-    refused = anabranch("run", recipe, check=False)
+    refused = here("run", recipe, check=False)
     assert refused.returncode == 2 and "--from split" in refused.stderr and "Traceback" not in refused.stderr
 
 
@@ -197,8 +219,8 @@ def test_shards_add_up_to_the_same_sketches(finished, tmp_path):
     recipe = copied(finished, tmp_path)
     run = recipe.parent / "run"
     shutil.rmtree(run / "gradients")
-    assert "missing" in anabranch("gradients", recipe, "--shard", "1/2").stdout
-    assert "missing" not in anabranch("gradients", recipe, "--shard", "0/2").stdout
+    assert "missing" in here("gradients", recipe, "--shard", "1/2").stdout
+    assert "missing" not in here("gradients", recipe, "--shard", "0/2").stdout
     assert digests(run) == digests(finished[0] / "run")
 
 
@@ -210,7 +232,7 @@ def test_hand_edited_plan(finished, tmp_path):
     moved = next(u for u in plan["units"] if sum(v["group"] == u["group"] for v in plan["units"]) > 1)
     moved["group"] = 1 - moved["group"]
     path.write_text(json.dumps(plan))
-    told = anabranch("run", recipe, "--until", "split").stdout
+    told = here("run", recipe, "--until", "split").stdout
     assert "1 units moved by hand" in told
     after = json.loads(path.read_text())
     for k in range(2):
@@ -218,7 +240,7 @@ def test_hand_edited_plan(finished, tmp_path):
     plan["units"][0]["group"] = 7
     plan["units"][1]["unit"] = "nobody"
     path.write_text(json.dumps(plan))
-    refused = anabranch("run", recipe, "--until", "split", check=False)
+    refused = here("run", recipe, "--until", "split", check=False)
     assert refused.returncode == 2 and "nobody" in refused.stderr
 
 
@@ -230,7 +252,7 @@ def test_strangers_are_refused(finished, tmp_path, tiny_base):
     branch = json.loads(path.read_text())
     branch["made_from"]["base"] = "0" * 64
     path.write_text(json.dumps(branch))
-    refused = anabranch("run", recipe, check=False)
+    refused = here("run", recipe, check=False)
     assert refused.returncode == 2 and "another base model" in refused.stderr and "Traceback" not in refused.stderr
     assert not (run / "merged").exists()
 
@@ -243,7 +265,7 @@ def test_corrupted_branch_shard_is_refused(finished, tmp_path):
     data = bytearray(shard.read_bytes())
     data[-5] ^= 0xFF
     shard.write_bytes(data)
-    refused = anabranch("run", recipe, check=False)
+    refused = here("run", recipe, check=False)
     assert refused.returncode == 2 and shard.name in refused.stderr and not (run / "merged").exists()
 
 
@@ -254,10 +276,10 @@ def test_another_machine_needs_only_the_folder_and_the_same_base(finished, tmp_p
     moved = tmp_path / "elsewhere"
     shutil.move(run, moved)
     shutil.copytree(tiny_base, tmp_path / "base-here")
-    anabranch("train-branch", moved, 1, "--model", tmp_path / "base-here")
+    here("train-branch", moved, 1, "--model", tmp_path / "base-here")
     config = json.loads((tmp_path / "base-here" / "config.json").read_text())
     (tmp_path / "base-here" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    refused = anabranch("train-branch", moved, 1, "--model", tmp_path / "base-here", check=False)
+    refused = here("train-branch", moved, 1, "--model", tmp_path / "base-here", check=False)
     assert refused.returncode == 2 and "another base" in refused.stderr
 
 
@@ -269,7 +291,7 @@ def test_lora_branches_merge_as_whole_checkpoints(finished, tmp_path, tiny_base)
     text["output"] = "lora"
     text["evaluate"]["branches"] = False
     recipe.write_text(yaml.safe_dump(text))
-    anabranch("run", recipe)
+    here("run", recipe)
     merged = AutoModelForCausalLM.from_pretrained(recipe.parent / "lora" / "merged").state_dict()
     base = AutoModelForCausalLM.from_pretrained(tiny_base).state_dict()
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
@@ -277,9 +299,9 @@ def test_lora_branches_merge_as_whole_checkpoints(finished, tmp_path, tiny_base)
 
 
 def test_status(finished, tmp_path):
-    told = anabranch("status", finished[0] / "run").stdout
+    told = here("status", finished[0] / "run").stdout
     assert "branch 0" in told and "merged" in told
-    refused = anabranch("status", tmp_path, check=False)
+    refused = here("status", tmp_path, check=False)
     assert refused.returncode == 2 and "not a run folder" in refused.stderr
 
 
@@ -289,7 +311,7 @@ def test_sigterm_saves_a_checkpoint_that_is_resumed(finished, tmp_path):
     text = yaml.safe_load(recipe.read_text())
     text["mixture"]["epochs"], text["train"]["save_steps"] = 30, 1000
     recipe.write_text(yaml.safe_dump(text))
-    anabranch("run", recipe, "--from", "split", "--until", "split")
+    here("run", recipe, "--from", "split", "--until", "split")
     branch = recipe.parent / "run" / "branches" / "0"
     process = subprocess.Popen([sys.executable, "-m", "anabranch", "train-branch", str(recipe.parent / "run"), "0"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -311,12 +333,12 @@ def test_budgets_edited_in_the_plan_are_refused(finished, tmp_path):
     plan = json.loads(path.read_text())
     plan["units"][0]["tokens"] *= 2
     path.write_text(json.dumps(plan))
-    refused = anabranch("run", recipe, check=False)
+    refused = here("run", recipe, check=False)
     assert refused.returncode == 2 and "tokens, the mixture" in refused.stderr
 
 
 def test_a_refused_recipe_does_not_reach_the_workers(finished, tmp_path):
     recipe = copied(finished, tmp_path)
     before = (recipe.parent / "run" / "recipe.json").read_bytes()
-    refused = anabranch("run", recipe, "--set", "split.groups=3", check=False)
+    refused = here("run", recipe, "--set", "split.groups=3", check=False)
     assert refused.returncode == 2 and (recipe.parent / "run" / "recipe.json").read_bytes() == before

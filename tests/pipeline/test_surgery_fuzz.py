@@ -33,6 +33,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from anabranch import cli
 from anabranch.engine.merging import verify_files
+from built_commands import commands_built_once
 
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 0.5, -0.5, 1e308, float("nan"), float("inf"), 10**30, "", " ", "linear", "ties", "nonsense",
@@ -125,7 +126,7 @@ def call(arguments: list[str]) -> tuple[int, str]:
     """(exit code, what was said) of a command. Anything but an exit is a bug, shown with its traceback."""
     said = io.StringIO()
     with mock.patch.object(sys, "argv", ["anabranch", *arguments]), contextlib.redirect_stdout(said), \
-            contextlib.redirect_stderr(said), warnings.catch_warnings():
+            contextlib.redirect_stderr(said), warnings.catch_warnings(), commands_built_once():
         warnings.simplefilter("ignore")
         try:
             cli.main()

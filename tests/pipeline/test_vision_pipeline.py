@@ -26,6 +26,7 @@ from anabranch.recipe import load_recipe
 from anabranch.rows import Rows, load_unit, read_image
 from anabranch.run import open_run, reopen_run, run_stages
 from anabranch.search.run import prepare_search, search
+from jobs_here import jobs_done_here
 from vision_models import (
     KNOWN,
     picture,
@@ -79,7 +80,8 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     base = write_vision_model(folder / "base", family, tied=family == "llava", shards=3, dtype="bfloat16", seed=5)
     told: list[str] = []
     recipe = write_recipe(folder, base)
-    run_stages(open_run(load_recipe(recipe), tell=told.append))
+    with jobs_done_here():
+        run_stages(open_run(load_recipe(recipe), tell=told.append))
     return Finished(family, recipe, base, folder / "run", told)
 
 
@@ -338,7 +340,8 @@ def test_a_search_looks_at_the_images_of_a_run(finished, tmp_path):
 def test_arms_are_compared_on_the_same_tokens(finished):
     """One more arm, joint training, on the run's own mixture: last, as it writes into the run's folder."""
     run = open_run(load_recipe(finished.recipe), tell=lambda text: None)
-    comparison = run_comparison(run, parse_arms("base,joint"), [0])
+    with jobs_done_here():
+        comparison = run_comparison(run, parse_arms("base,joint"), [0])
     tokens = {r.arm: r.tokens for r in comparison.runs}
     whole = sum(u["tokens"] for u in finished.json("mixture/mixture.json")["units"])
     assert tokens == {"base": 0, "joint": whole}

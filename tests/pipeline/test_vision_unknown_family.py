@@ -16,6 +16,7 @@ from anabranch.families import FAMILIES
 from anabranch.model import load_model, vision_of
 from anabranch.recipe import load_recipe
 from anabranch.run import open_run, run_stages
+from jobs_here import jobs_done_here
 from vision_models import KNOWN, make_tokenizer, picture, write_picture_units
 
 
@@ -62,7 +63,8 @@ def test_it_has_no_presets(folder):
 
 def test_patterns_take_it_through_every_stage(folder):
     told: list[str] = []
-    run_stages(open_run(recipe(folder, ["model.vision_model.*", "model.projector.*"]), tell=told.append))
+    with jobs_done_here():
+        run_stages(open_run(recipe(folder, ["model.vision_model.*", "model.projector.*"]), tell=told.append))
     assert any(line.startswith("freeze: model.projector.*") for line in told)
     base, merged = ({n: t for p in sorted(where.glob("*.safetensors")) for n, t in load_file(p).items()}
                     for where in (folder / "base", folder / "run" / "merged"))

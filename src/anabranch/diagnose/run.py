@@ -30,6 +30,7 @@ from anabranch.artifacts import (
 )
 from anabranch.branches import train_settings
 from anabranch.compare import Arm, arm_inputs
+from anabranch.diagnose.arguments import NAMES, check_models
 from anabranch.diagnose.artifacts import KINDS, Cost, Diagnostic
 from anabranch.diagnose.feed import (
     displacement_passes,
@@ -64,7 +65,7 @@ from anabranch.diagnose.subject import (
 from anabranch.engine.checkpoint import checkpoint_hash
 from anabranch.engine.fetch import resolve
 from anabranch.engine.merging import verify_files
-from anabranch.errors import CorruptedError, OutputError, ProvenanceError, RecipeError, closest
+from anabranch.errors import CorruptedError, OutputError, ProvenanceError
 from anabranch.mixture import held_out_rows
 from anabranch.mixture_summary import exclusion_lines
 from anabranch.model import keep_buffers, load_tokenizer, resolve_model, select_trainable
@@ -78,8 +79,7 @@ from anabranch.vision import load_vision
 
 Passes = Callable[[Subject, Settings], float]
 Measure = Callable[[Subject, Settings], Diagnostic]
-# In the order in which time is given: what judges the merge first.
-DIAGNOSTICS: dict[str, tuple[Passes, Measure]] = {
+WORK: dict[str, tuple[Passes, Measure]] = {
     "displacement": (displacement_passes, measure_displacement),
     "generalization": (generalization_passes, measure_generalization),
     "lmc": (lmc_passes, measure_lmc),
@@ -89,6 +89,7 @@ DIAGNOSTICS: dict[str, tuple[Passes, Measure]] = {
     "calibration": (calibration_passes, measure_calibration),
     "curvature": (curvature_passes, measure_curvature),
 }
+DIAGNOSTICS = {name: WORK[name] for name in NAMES}
 READS_EVERY_MODEL = ("displacement", "map", "surface")
 # The settings that decide each; the others may change without it being measured again.
 PROBE_SETTINGS = ("seed", "rows", "batch_rows")
@@ -108,17 +109,6 @@ class Outcome:
     name: str
     found: Diagnostic | None
     why: str = ""
-
-
-def parse_only(text: str | None) -> list[str] | None:
-    """'lmc,displacement' -> names in the order of DIAGNOSTICS. Raises RecipeError naming every unknown one."""
-    if text is None:
-        return None
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    problems = [f"`{name}`: no such diagnostic.{closest(name, DIAGNOSTICS)}" for name in names if name not in DIAGNOSTICS]
-    if problems or not names:
-        raise RecipeError.of("--only:", problems or ["wanted names, as in lmc,displacement"])
-    return [name for name in DIAGNOSTICS if name in names]
 
 
 # ---- what is diagnosed -----------------------------------------------------------------------------------------------
@@ -236,8 +226,7 @@ def subject_of_models(base: str, branches: Sequence[str], merged: str | None, jo
     Raises:
         ModelError, ShapeMismatch, MixtureError: what does not load or line up, or has no usable row.
     """
-    if not branches and merged is None:
-        raise RecipeError("nothing to compare the base with. Give --branch (once per branch), --merged, or both.")
+    check_models(branches, merged)
     wanted = {BASE: base, **{f"branch-{i}": b for i, b in enumerate(branches)}}
     wanted |= ({MERGED: merged} if merged else {}) | ({JOINT: joint} if joint else {})
     folders = {label: resolve(path) for label, path in wanted.items()}
