@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,6 +382,14 @@ def _go_on(trainer: Any, checkpoint: str | None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
+def _in_order(adapters: Mapping[str, Any]) -> None:
+    """Sets in peft's settings, which it would write in an order that differs from process to process."""
+    for config in adapters.values():
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))
+
+
 def _save_weights(trainer: Any, recipe: Recipe, base: Path, folder: Path) -> dict[str, str]:
     """The branch as a whole float32 checkpoint with the base's other files; adapters are folded into the weights (and kept
     beside them). Raises BranchFailed where it could not be merged with the base."""
@@ -390,6 +398,7 @@ def _save_weights(trainer: Any, recipe: Recipe, base: Path, folder: Path) -> dic
     shutil.rmtree(folder, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if recipe.model.lora is not None:
+        _in_order(model.peft_config)
         model.save_pretrained(folder.with_name("adapter"))
         model = model.merge_and_unload()
     model.save_pretrained(partial)

@@ -100,6 +100,8 @@ def choose_template(setting: str, tokenizer: Any, vision: Vision | None = None) 
     stops = tuple(sorted(t for t in tokenizer.added_tokens_encoder if not t.isspace()))
     try:
         parts = vision is not None and _takes_parts(text, tokenizer, vision.placeholder)
+        if vision is not None:
+            text = _with_bos(text, tokenizer, parts)
         marked = _marks(text, tokenizer, parts)
     except jinja2.TemplateSyntaxError as error:
         raise MixtureError(f"chat template ({setting}): line {error.lineno}: {error.message}.") from error
@@ -122,6 +124,22 @@ def _takes_parts(text: str, tokenizer: Any, placeholder: str) -> bool:
     except (jinja2.TemplateError, TypeError, KeyError):  # it wants strings
         return False
     return rendered.count(placeholder) == 1 and "seen" in rendered and "said" in rendered and "'type'" not in rendered
+
+
+def _with_bos(text: str, tokenizer: Any, parts: bool) -> str:
+    """The template, with the beginning-of-sequence token before it where the tokenizer puts one before plain text and the
+    template does not: as a processor's own `apply_chat_template` makes tokens, unlike a tokenizer's."""
+    import jinja2
+
+    smallest: list[dict[str, Any]] = [{"role": "user", "content": "seen"}, {"role": "assistant", "content": "said"}]
+    prefix = bos_prefix(tokenizer)
+    if not prefix:
+        return text
+    try:
+        rendered, _ = _jinja(text, tokenizer, _in_parts(smallest) if parts else smallest)
+    except (jinja2.TemplateError, TypeError, KeyError):  # told when rows are rendered
+        return text
+    return text if rendered.startswith(prefix) else prefix + text
 
 
 def _in_parts(messages: Messages) -> list[dict[str, Any]]:

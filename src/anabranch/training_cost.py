@@ -50,7 +50,7 @@ class PartSize:
 @dataclass(frozen=True)
 class ModelSize:
     """parts: in the order that data passes them. patches: that the vision tower sees per image token. layers, hidden, inner,
-    key_value: of the language model, for its activations; vision_hidden, vision_inner: of a layer of the tower."""
+    key_value: of the language model, for its activations; vision_hidden, vision_inner: of each of the tower's vision_layers."""
 
     parts: tuple[PartSize, ...]
     patches: int
@@ -60,6 +60,7 @@ class ModelSize:
     key_value: int
     vision_hidden: int
     vision_inner: int
+    vision_layers: int
     adapters: bool
 
     @property
@@ -87,17 +88,28 @@ def size_of(model: Any, section: ModelSection) -> ModelSize:
     text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
     heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
     head = int(getattr(text, "head_dim", None) or hidden // heads)
+    wide = _number(vision, "embed_dim", "hidden_size")  # where a tower has both, hidden_size is what its merger writes
     return ModelSize(
         tuple(PartSize(name, *counts[name]) for name in ORDER if counts[name][0]), patches_of(model.config),
         int(text.num_hidden_layers), hidden, int(getattr(text, "intermediate_size", 4 * hidden)),
-        int(getattr(text, "num_key_value_heads", None) or heads) * head, _number(vision, "hidden_size", "embed_dim"),
-        _number(vision, "intermediate_size"), section.lora is not None)
+        int(getattr(text, "num_key_value_heads", None) or heads) * head, wide,
+        _number(vision, "intermediate_size") or int(wide * (getattr(vision, "mlp_ratio", None) or 4)),
+        _number(vision, "depth", "num_hidden_layers"), section.lora is not None)
 
 
 def patches_of(config: Any) -> int:
     """Patches of the vision tower that become one image token: Qwen2-VL merges squares of them, Idefics3 shuffles them."""
-    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None) or getattr(config, "scale_factor", None)
-    return int(merge) ** 2 if merge else 1
+    vision = getattr(config, "vision_config", None)
+    tokens = getattr(config, "mm_tokens_per_image", None)
+    if vision is not None and tokens:  # Gemma 3 pools them to so many, whatever the image
+        return max(1, (int(vision.image_size) // int(vision.patch_size)) ** 2 // int(tokens))
+    for name in ("spatial_merge_size", "scale_factor", "downsample_factor"):  # patches along a side
+        if merge := getattr(vision, name, None) or getattr(config, name, None):
+            return int(merge) ** 2
+    for name in ("downsample_ratio", "pixel_shuffle_ratio"):  # its inverse
+        if share := getattr(vision, name, None) or getattr(config, name, None):
+            return round(1 / float(share)) ** 2
+    return 1
 
 
 def _number(config: Any, *names: str) -> int:
@@ -146,15 +158,17 @@ def memory(size: ModelSize, *, rows: int, row_tokens: int, row_image_tokens: int
 
     A layer keeps 8 hidden-sized numbers (2 of them and the residual in float32), its keys and values and 4 inner ones per
     position; with `recompute` every layer keeps its input, and one layer at a time the rest. Logits are not counted: TRL takes
-    the loss piece by piece. The tower keeps one layer's where nothing in it or before it trains.
+    the loss piece by piece. A tower in which nothing trains keeps one layer's.
     """
     width = 2 if bfloat16 else 4
     inside = 3 * size.hidden * 4 + (5 * size.hidden + 2 * size.key_value + 4 * size.inner) * width
     kept = size.layers * size.hidden * 4 + inside if recompute else size.layers * inside
-    tower = row_image_tokens * size.patches * (8 * size.vision_hidden + 4 * size.vision_inner) * width
+    tower = (8 * size.vision_hidden + 4 * size.vision_inner) * width  # of a patch in one layer: all there is where it is frozen
+    if any(part.name == VISION and part.trained for part in size.parts):
+        tower = size.vision_layers * size.vision_hidden * 4 + tower if recompute else size.vision_layers * tower
     trained = 0 if size.adapters else size.trained
     return Memory(4.0 * size.parameters, 4.0 * trained, 8.0 * trained, 2.0 * trained if bfloat16 else 0.0,
-                  float(rows * (row_tokens * kept + tower)))
+                  float(rows * (row_tokens * kept + row_image_tokens * size.patches * tower)))
 
 
 def hours(device: Device, work: float, *, bfloat16: bool) -> float:

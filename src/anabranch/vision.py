@@ -88,6 +88,8 @@ def load_vision(folder: Path, *, trust_remote_code: bool = False) -> Vision | No
     if len(ids) != 1:
         raise ModelError(f"model folder {folder}: its tokenizer writes the placeholder of an image, {placeholder!r}, as "
                          f"{len(ids)} tokens, wanted one. Add it to the tokenizer as a special token, as in training.")
+    if tokenizer.pad_token is None:  # rows with unequal images are padded on the way to their pixels; the text is thrown away
+        tokenizer.pad_token = tokenizer.eos_token or placeholder
     vision = Vision(processor, placeholder, int(ids[0]))
     try:
         vision.text_of(448, 336)
@@ -216,8 +218,9 @@ class Vision:
 
     @property
     def image_ids(self) -> frozenset[int]:
-        """Tokens that stand for an image's content: no row's text may hold one."""
-        known = [i for i in self.processor.image_token_ids if isinstance(i, int)]
+        """Tokens that stand for an image's, a video's or a sound's content: no row's text may hold one."""
+        named = (*self.processor.image_token_ids, *self.processor.video_token_ids, *self.processor.audio_token_ids)
+        known = [i for i in named if isinstance(i, int)]
         content = getattr(self.tokenizer, "image_token_id", None)  # Gemma: the placeholder begins what it becomes
         return frozenset([self.placeholder_id, *known, *([content] if isinstance(content, int) else [])])
 
@@ -277,6 +280,11 @@ class Vision:
             self._counts[text] = len(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
         return self._counts[text]
 
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        """How many tokens stand for the content of an image of this size (width, height), its frame left aside."""
+        ids = self.tokenizer.encode(self.text_of(*size), add_special_tokens=False, verbose=False)
+        return sum(token in self.image_ids for token in ids)
+
     def capped(self, width: int, height: int, max_pixels: int) -> tuple[int, int] | None:
         """The size that an image is scaled to under a cap; None: it fits.
 
@@ -302,9 +310,10 @@ class Vision:
         with _quiet():
             theirs = self.processor(text=[text], images=[list(images)], add_special_tokens=False)["input_ids"][0]
         if [int(t) for t in theirs] != [int(t) for t in input_ids]:
-            raise ModelError(f"{type(self.processor).__name__} makes other tokens of a row with {len(images)} images than "
-                             f"follow from the text that it gives for each: {len(theirs)} against {len(input_ids)}. Images of "
-                             "this family cannot be trained on here.")
+            count = f"{len(images)} images" if len(images) > 1 else "one image"
+            raise ModelError(f"{type(self.processor).__name__} makes other tokens of a row with {count} than follow from the "
+                             f"text that it gives for each alone: {len(theirs)} against {len(input_ids)}. With it, rows "
+                             f"with {count} cannot be trained on here: leave them out.")
 
     def inputs(self, images: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
         """What the model's forward takes beside tokens, for rows of PIL images; rows without any are skipped."""

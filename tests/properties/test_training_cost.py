@@ -7,8 +7,22 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from anabranch.errors import ModelError
+from anabranch.families import skeleton
+from anabranch.model import select_trainable
 from anabranch.recipe import Model
-from anabranch.training_cost import DEVICES, SHARE, ModelSize, PartSize, device_lines, hours, memory, operations, size_of
+from anabranch.training_cost import (
+    DEVICES,
+    SHARE,
+    ModelSize,
+    PartSize,
+    device_lines,
+    hours,
+    memory,
+    operations,
+    patches_of,
+    size_of,
+)
+from vision_models import Size, picture, read_processor, write_vision_model
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "vocab_size": 100}
@@ -33,6 +47,45 @@ def models():
         "idefics3": on_meta(AutoModelForImageTextToText, "idefics3", scale_factor=2, vision_config=VISION,
                             text_config={"model_type": "llama", **TEXT}),
         "qwen2": on_meta(AutoModelForCausalLM, "qwen2", **TEXT)}
+
+
+POOLED = {  # patches that become a token, from each family's paper or processor: 448 px in 32 x 32 patches are 256 tokens, ..
+    "llava": 1, "qwen2_vl": 4, "qwen2_5_vl": 4, "qwen3_vl": 4, "internvl": 4, "mistral3": 4, "aya_vision": 4, "gemma3": 16,
+    "idefics3": 4, "smolvlm": 4, "llama4": 4, "paligemma": 1}
+
+
+@pytest.mark.parametrize("family", POOLED)
+def test_patches_of_a_token(family):
+    published = {"vision_config": {"image_size": 896, "patch_size": 14}} if family == "gemma3" else {}
+    assert patches_of(AutoConfig.for_model(family, **published)) == POOLED[family]
+
+
+@pytest.mark.parametrize("freeze", [["vision tower", "projector"], []])
+def test_activations_are_near_what_autograd_keeps(freeze, tmp_path):
+    """Of a tower of eight layers: one is kept where it is frozen, all where it trains."""
+    folder = write_vision_model(tmp_path / "base", "qwen2_5_vl", size=Size(hidden=64, layers=8, side=56))
+    processor = read_processor(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").train()
+    batch = processor(text=["<|vision_start|><|image_pad|><|vision_end|>What?"], return_tensors="pt",
+                      images=[[picture("red", size=(560, 560))]])
+    section = Model(path=str(folder), freeze=freeze)
+    chosen = select_trainable(model, section)
+    assert any("visual" in name for name in chosen) == (not freeze)
+    own, kept, alive = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive.append(model.base_model(**batch, use_cache=False).last_hidden_state)
+    shown = int((batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum())
+    told = memory(size_of(skeleton(folder, False), section), rows=1, row_tokens=batch["input_ids"].shape[1],
+                  row_image_tokens=shown, bfloat16=False, recompute=False).activations
+    assert 0.5 < told / sum(kept.values()) < 2
 
 
 def sized(model, **section):
@@ -64,7 +117,7 @@ def test_what_each_frozen_part_costs(tokens, share, recompute):
 
     def size(t, p, l):  # noqa: E741 - the letters of the parts
         return ModelSize((PartSize("vision tower", 1000, 1000 * t), PartSize("projector", 10, 10 * p),
-                          PartSize("language model", 5000, 5000 * l)), 4, 1, 1, 1, 1, 1, 1, False)
+                          PartSize("language model", 5000, 5000 * l)), 4, 1, 1, 1, 1, 1, 1, 1, False)
 
     def cost(per_tower, per_projector, per_language):
         return per_tower * 1000 * 4 * images + per_projector * 10 * images + per_language * 5000 * tokens

@@ -4,28 +4,32 @@ Calibration rows should not be the rows on which merges are scored later: a pred
 metrics, what it is asked to foretell. Give training-side rows, or rows kept for this alone.
 
 Rows that are tokens already (`input_ids` and `response`, 1 where the loss is taken) are taken as they are: what `collect` sets
-aside. They must be of the base's own tokenizer.
+aside. They must be of the base's own tokenizer. Their `images` are [file, number] each: a unit's file of images in the folder
+of the rows, or below it, and the number of the image there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from anabranch.artifacts import Exclusion
-from anabranch.errors import MixtureError, closest
+from anabranch.errors import AnabranchError, MixtureError, closest
+from anabranch.images import BadImage, image_size
 from anabranch.mixture import held_out_rows
 from anabranch.mixture_summary import exclusion_lines
 from anabranch.model import load_tokenizer
 from anabranch.recipe import EvaluateSection, MixtureSection, Recipe, Source
 from anabranch.recipe import Model as ModelSection
-from anabranch.rows import Rows, generator
+from anabranch.rows import RowImages, Rows, StoredImage, generator, read_image
 from anabranch.sources import Located, detect_format, is_hub_id, locate, read_rows
-from anabranch.vision import load_vision
+from anabranch.vision import Vision, load_vision
 
 TASK = "task"
 TOKENS = {"input_ids", "response"}
@@ -72,7 +76,7 @@ def read_calibration(data: Sequence[str], tasks: Sequence[str], base: Path, *, s
         try:
             found, have = _locate(entry, tasks)
             if have >= TOKENS:
-                for task, some in _tokenised(entry, found, samples, seed, max_length, tell).items():
+                for task, some in _tokenised(entry, found, samples, seed, max_length, tell, load_vision(base)).items():
                     if task in rows:
                         raise MixtureError(f"rows of {task!r} stand in another of the --data as well; give each task once.")
                     rows[task] = some
@@ -149,19 +153,33 @@ def _source(entry: str, have: set[str], labels: bool) -> Source:
     return Source(path=path, **whose)
 
 
-def _tokenised(entry: str, found: Located, samples: int, seed: int, max_length: int,
-               tell: Callable[[str], None]) -> dict[str, Rows]:
+def token_lines(rows: Mapping[str, Rows], folder: Path) -> Iterator[str]:
+    """Rows of each task as lines of JSON that `read_calibration` takes from a file in `folder`, beside their images."""
+    for task, of in rows.items():
+        for i in range(len(of)):
+            ids, mask = of.row(i)
+            line = {"task": task, "input_ids": ids.tolist(), "response": mask.tolist()}
+            shown = of.images.of(i) if of.images is not None else None
+            images = {} if shown is None else {"images": [[str(s.file.relative_to(folder)), s.number] for s in shown]}
+            yield json.dumps(line | images)
+
+
+def _tokenised(entry: str, found: Located, samples: int, seed: int, max_length: int, tell: Callable[[str], None],
+               vision: Vision | None) -> dict[str, Rows]:
     """Rows that are tokens already, drawn as the others are. Raises MixtureError naming the first that is not right."""
     name, _ = named(entry)
-    pools: dict[str, list[tuple[list[int], list[int]]]] = {}
-    for where, row in _raw(found):
+    pools: dict[str, list[tuple[list[int], list[int], tuple[StoredImage, ...] | None]]] = {}
+    for where, folder, row in _raw(found):
         ids, mask, task = row.get("input_ids"), row.get("response"), name or row.get(TASK)
         if not (isinstance(task, str) and isinstance(ids, list) and isinstance(mask, list) and len(ids) == len(mask)
                 and all(type(i) is int and 0 <= i <= MOST for i in ids) and all(m in (0, 1) for m in mask) and any(mask[1:])):
             raise MixtureError(f"{where}: wanted `input_ids` and `response`, two lists of one length: token numbers from 0 to "
                                f"{MOST:,}, and a 1 where the loss is taken, behind the first token"
                                f"{'' if name else f'; and a `{TASK}`'}.")
-        pools.setdefault(task, []).append((ids, mask))
+        try:
+            pools.setdefault(task, []).append((ids, mask, _shown(row, folder, vision)))
+        except (AnabranchError, BadImage, ValueError) as error:
+            raise MixtureError(f"{where}: {error}") from error
     rows = {}
     for task, pool in pools.items():
         short = [row for row in pool if len(row[0]) <= max_length]
@@ -169,15 +187,47 @@ def _tokenised(entry: str, found: Located, samples: int, seed: int, max_length: 
             tell(f"left out: {task}: {len(pool) - len(short)} rows, over_long: max_length is {max_length:,}")
         if short:
             order = generator(seed, "max_held_out", task).permutation(len(short))[:samples]
-            rows[task] = Rows.of([short[i] for i in np.sort(order)])
+            drawn = [short[i] for i in np.sort(order)]
+            rows[task] = replace(Rows.of([row[:2] for row in drawn]), images=_row_images([row[2] for row in drawn]))
     return rows
 
 
-def _raw(found: Located) -> Iterator[tuple[str, dict[str, Any]]]:
+def _shown(row: Mapping[str, Any], folder: Path | None, vision: Vision | None) -> tuple[StoredImage, ...] | None:
+    """The images of a row of tokens; None where it says nothing of images. Raises ValueError where its tokens show others."""
+    given = row.get("images")
+    shown = []
+    for one in given if isinstance(given, list) else [given] if given is not None else []:
+        if not (isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) and type(one[1]) is int and one[1] >= 0):
+            raise ValueError(f"`images` holds {json.dumps(one, default=str)[:80]}: wanted [file, number] of each.")
+        home = folder.resolve() if folder is not None else Path()
+        file = (home / one[0]).resolve()
+        if folder is None or not file.is_relative_to(home) or not file.is_file():
+            raise ValueError(f"its images should lie in {one[0]!r}, in the folder of the rows, and there is no such file. "
+                             "A table's rows belong together with the folder `calibration` beside them.")
+        shown.append(StoredImage(file, one[1]))
+    there = sum(token in vision.image_ids for token in row["input_ids"]) if vision is not None else 0
+    wanted = sum(map(vision.image_tokens, (image_size(read_image(image)) for image in shown))) if vision is not None else 0
+    if there != wanted or (shown and vision is None):
+        raise ValueError(f"its tokens hold {there:,} of images, and its {len(shown)} images are {wanted:,} for this base.")
+    return tuple(shown) if given is not None else None
+
+
+def _row_images(shown: Sequence[tuple[StoredImage, ...] | None]) -> RowImages | None:
+    if all(row is None for row in shown):
+        return None
+    every = [image for row in shown for image in row or ()]
+    files = {file: i for i, file in enumerate(dict.fromkeys(image.file for image in every))}
+    return RowImages(tuple(files), np.array([files[image.file] for image in every], np.int32),
+                     np.array([image.number for image in every], np.int32),
+                     np.concatenate([[0], np.cumsum([len(row or ()) for row in shown])]).astype(np.int64))
+
+
+def _raw(found: Located) -> Iterator[tuple[str, Path | None, dict[str, Any]]]:
+    """Where a row stands, the folder of its file, and the row."""
     if found.dataset is not None:
-        yield from ((f"{found.name}:{i}", row) for i, row in enumerate(found.dataset, 1))
+        yield from ((f"{found.name}:{i}", None, row) for i, row in enumerate(found.dataset, 1))
     for label, path in found.files:
-        yield from ((f"{label}:{number}", row) for number, row in read_rows(path))
+        yield from ((f"{label}:{number}", path.parent, row) for number, row in read_rows(path))
 
 
 def _columns(found: Located) -> set[str]:

@@ -21,7 +21,6 @@ import csv
 import fcntl
 import io
 import itertools
-import json
 import math
 import shutil
 import tempfile
@@ -40,6 +39,7 @@ from anabranch.errors import OutputError, ProvenanceError
 from anabranch.evaluate import evaluation_inputs
 from anabranch.mergeability.artifacts import Metrics
 from anabranch.mergeability.asked import CALIBRATION, Asked, K, ask
+from anabranch.mergeability.calibration_rows import token_lines
 from anabranch.mergeability.collect_cost import cost_lines
 from anabranch.mergeability.data import rows_hash
 from anabranch.mergeability.measure import measure
@@ -210,9 +210,8 @@ def _only_one(folder: Path) -> Iterator[None]:
 def measure_pairs(run: Run, mixture: Mixture, models: Mapping[str, BranchManifest]) -> Metrics:
     """metrics.json of every pair, on the calibration rows; as it is, if it was made from these models and rows."""
     path, rows = folder_of(run) / "metrics.json", calibration_rows(run, mixture)
-    lines = [json.dumps({"task": task, "input_ids": ids.tolist(), "response": mask.tolist()})
-             for task, of in rows.items() for ids, mask in map(of.row, range(len(of)))]
-    write_atomically(folder_of(run) / "calibration.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    lines = "".join(f"{line}\n" for line in token_lines(rows, folder_of(run)))
+    write_atomically(folder_of(run) / "calibration.jsonl", lines.encode())
     made_from = {"models": digest({t: m.files for t, m in models.items()}), "base": run.base_hash,
                  "rows": digest({t: rows_hash(r) for t, r in rows.items()})}
     if path.exists() and (known := Metrics.load(path)).made_from == made_from:

@@ -42,7 +42,7 @@ from anabranch.errors import ModelError
 from anabranch.mergeability.gradient_files import input_products, is_whole, parameter_products, save_gradients
 from anabranch.mergeability.metrics import activation_metrics, cosine, gradient_metrics
 from anabranch.mergeability.observation import Gradients, Loss, activation_mean, gradients
-from anabranch.model import Batch, batches, check_vocabulary, response_losses
+from anabranch.model import Batch, batches, check_vocabulary, model_inputs, response_losses
 from anabranch.rows import Rows
 
 ACTIVATIONS, GRADIENTS, SCORES = "activations", "gradients", "scores"
@@ -141,17 +141,28 @@ def data_metrics(base: Path, models: Mapping[str, Path], calibration: Mapping[st
 def last_block(model: nn.Module) -> nn.Module:
     """The last of a language model's residual blocks: of the list of modules that holds most of the parameters.
 
-    Hidden states as models return them would not do: the last of them stands behind the final norm in most families.
+    Where a model looks at images too, the blocks of its tower may be the larger ones: looked for is in the smallest part that
+    holds both the token embedding and a list. Hidden states as models return them would not do: the last of them stands
+    behind the final norm in most families.
 
     Raises:
         NotApplicable: the model has no list of blocks.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = _lists(model)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    for part in reversed(list(model.modules())):  # a part stands behind what it lies in
+        if any(module is embedding for module in part.modules()) and (inner := _lists(part)):
+            lists = inner
+            break
     if not lists:
         raise NotApplicable(f"{type(model).__name__} has no list of blocks (torch.nn.ModuleList), so which output is that of "
                             "its last residual block is not known")
     # the first of the largest: a list of experts, or of a block's parts, stands inside a block and is smaller
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))[-1]
+
+
+def _lists(module: nn.Module) -> list[nn.ModuleList]:
+    return [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part)]
 
 
 def token_mean(output: Tensor, batch: Batch) -> Float[Tensor, "B D"]:
@@ -216,8 +227,7 @@ class Reading:
         def run(batch: Batch) -> None:
             if not losses:
                 check_vocabulary(int(batch.input_ids.max()), model)
-                getattr(model, "base_model", model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
-                                                    use_cache=False)
+                getattr(model, "base_model", model)(**model_inputs(model, batch), use_cache=False)
                 return
             nats, _ = response_losses(model, batch, select=self.live.select)
             row = batch.response[:, 1:].nonzero()[:, 0].cpu().numpy()  # the row of each response token
