@@ -207,6 +207,11 @@ class Mixture(Artifact, Grown):
     def tokens(self) -> int:
         return sum(u.tokens for u in self.units)
 
+    @property
+    def scored_rows(self) -> str:
+        """Hash of the rows at all three places."""
+        return digest([[u.name, u.sha256] for place in (self.units, self.transfer, self.retention) for u in place])
+
     def unit(self, name: str) -> Unit:
         return next(u for u in self.units if u.name == name)
 

@@ -409,13 +409,15 @@ def _split_lines(table: Table, places: list[Place], labels: list[str], seeds: in
             lines.append(f"{merit} against {random}, both {count} groups: " + ", ".join(
                 f"{p.replace('_', '-')} {gap:+.3f}" for p, gap in zip(places, gaps, strict=True)) + (
                 ". The conflict-aware split was no better than chance." if min(gaps) > -TIE else "."))
+        spreads = []
         for place in places:
             rows = [table[a, place] for a in arms]
             spread = max(r.loss for r in rows) - min(r.loss for r in rows)
             told = ", ".join(f"{r.arm} {r.loss:.3f}" for r in sorted(rows, key=lambda r: r.loss))
             noise = float(np.mean([max(r.loss_by_seed) - min(r.loss_by_seed) for r in rows]))
-            meaning = "one seed, so whether that is noise is not known" if seeds < 2 else (
-                f"{'no more' if spread <= noise else 'more'} than another seed moves one of them ({noise:.3f})")
-            lines.append(f"How {count} groups were split, {place.replace('_', '-')}: {told}; a spread of {spread:.3f}, "
-                         f"{meaning}.")
+            meaning = "" if seeds < 2 else (
+                f", {'no more' if spread <= noise else 'more'} than another seed moves one of them ({noise:.3f})")
+            spreads.append(f"{place.replace('_', '-')} {told}, a spread of {spread:.3f}{meaning}")
+        unknown = " One seed: whether that is noise is not known." if seeds < 2 else ""
+        lines.append(f"How {count} groups were split: {'; '.join(spreads)}.{unknown}")
     return lines

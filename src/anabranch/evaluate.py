@@ -28,11 +28,10 @@ Progress = Callable[[str, int, int], None]
 
 def evaluation_inputs(recipe: Recipe, mixture: Mixture, weights_hash: str) -> dict[str, str]:
     """What an evaluation depends on."""
-    units = [[u.name, u.sha256] for place in (mixture.units, mixture.transfer, mixture.retention) for u in place]
     section = recipe.evaluate
     settings = {"max_samples": section.max_samples, "short": section.short_answer_tokens,
                 "generate": section.generate_samples, "seed": recipe.seed, "dtype": recipe.model.dtype}
-    return {"weights": weights_hash, "units": digest(units), "settings": digest(settings)}
+    return {"weights": weights_hash, "units": mixture.scored_rows, "settings": digest(settings)}
 
 
 def evaluate_model(recipe: Recipe, mixture: Mixture, mixture_folder: Path, model_folder: Path, label: str,

@@ -44,6 +44,18 @@ def summarise_groups(units: list[PlanUnit], count: int) -> list[PlanGroup]:
             for k, group in enumerate(members)]
 
 
+def misfits(plan: Plan, mixture: Mixture) -> list[str]:
+    """Where a plan's units are not the mixture's; [] where it fits."""
+    here, there = {u.name for u in mixture.units}, [u.unit for u in plan.units]
+    problems = [f"unit {name!r} stands twice" for name in sorted({n for n in there if there.count(n) > 1})]
+    sizes = {u.name: (u.samples, u.tokens, u.sha256) for u in mixture.units}
+    problems += [f"unit {u.unit!r}: the plan has {u.samples:,} samples and {u.tokens:,} tokens, the mixture "
+                 f"{sizes[u.unit][0]:,} and {sizes[u.unit][1]:,}{'' if sizes[u.unit][2] == u.sha256 else ', of other rows'}"
+                 for u in plan.units if u.unit in sizes and sizes[u.unit] != (u.samples, u.tokens, u.sha256)]
+    problems += [f"unit {name!r} is not in the mixture" for name in sorted(set(there) - here)]
+    return problems + [f"unit {name!r} of the mixture is in no group" for name in sorted(here - set(there))]
+
+
 def load_plan(path: Path, mixture: Mixture) -> tuple[Plan, bool]:
     """The plan, and whether a person edited it since it was written (then `groups` is made anew from the units).
 
@@ -52,17 +64,10 @@ def load_plan(path: Path, mixture: Mixture) -> tuple[Plan, bool]:
         CorruptedError: it is no plan.
     """
     plan = Plan.load(path)
-    here, there = {u.name for u in mixture.units}, [u.unit for u in plan.units]
-    problems = [f"unit {name!r} stands twice" for name in sorted({n for n in there if there.count(n) > 1})]
-    sizes = {u.name: (u.samples, u.tokens, u.sha256) for u in mixture.units}
-    problems += [f"unit {u.unit!r}: the plan has {u.samples:,} samples and {u.tokens:,} tokens, the mixture "
-                 f"{sizes[u.unit][0]:,} and {sizes[u.unit][1]:,}{'' if sizes[u.unit][2] == u.sha256 else ', of other rows'}"
-                 for u in plan.units if u.unit in sizes and sizes[u.unit] != (u.samples, u.tokens, u.sha256)]
-    problems += [f"unit {name!r} is not in the mixture" for name in sorted(set(there) - here)]
-    problems += [f"unit {name!r} of the mixture is in no group" for name in sorted(here - set(there))]
-    if problems:
-        raise PlanError.of(f"{path}: does not fit the mixture. Mend it, or run with `--from split` to plan anew:",
-                           problems)
+    if problems := misfits(plan, mixture):
+        raise PlanError.of(f"{path}: does not fit the mixture. If rows or images changed, put them back to go on with what is "
+                           "trained, plan and train anew with `--from split`, or give another `output`, which keeps both; "
+                           "if the plan was edited, mend it:", problems)
     if not plan.units or not plan.groups:
         raise PlanError(f"{path}: no units or no groups. Run with `--from split` to plan anew.")
     highest = max((u.group for u in plan.units if u.group is not None), default=len(plan.groups) - 1)

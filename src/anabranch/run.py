@@ -156,6 +156,8 @@ def run_stages(run: Run, *, start: str | None = None, until: str = "report") -> 
               "train": train_stage, "merge": merge_stage, "evaluate": evaluate_stage, "report": report_stage}
     for name in STAGES[: last + 1]:
         stages[name](run)
+        if name == "mixture" and last >= STAGES.index("split") and (run.folder / "plan.json").exists():
+            load_plan(run.folder / "plan.json", run.mixture)  # before hours of gradients that it would not go with
 
 
 def check_model(run: Run) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from anabranch.artifacts import ArmRun, BranchManifest, Conflict, MergeManifest, Mixture, Part, Plan
 from anabranch.errors import CorruptedError
 from anabranch.finish import Work, duration, finish_words, predict_finish
+from anabranch.stale import REMEDY, made, stale
 from anabranch.store.status import RunStatus, Sight, branch_tokens, store_status
 
 
@@ -44,7 +45,8 @@ def folder_status(folder: Path) -> FolderStatus:
         raise CorruptedError(f"{path}: not readable as a run's recipe. `anabranch run recipe.yaml` writes it anew.") from error
     works = _folder_works(folder, recipe)
     finish = predict_finish(works, parallel)
-    lines = [_mixture(folder), _gradients(folder), _conflict(folder), *_branches(folder), *_last_stages(folder)]
+    lines = [_mixture(folder), _gradients(folder), _conflict(folder), *_branches(folder), *_last_stages(folder),
+             *_stale(folder)]
     left = [w for w in works if not w.done]
     if any(w.seconds is not None for w in left):
         lines += finish_words(finish, "one branch at a time" if parallel == 1 else f"{parallel} branches at a time")
@@ -109,6 +111,15 @@ def _last_stages(folder: Path) -> list[str]:
         lines.append(f"compare    {len(done)} arm runs done, {len(arms) - len(done)} begun")
     page = folder / "report.html"
     return [*lines, f"report     {page if page.exists() else 'to do'}"]
+
+
+def _stale(folder: Path) -> list[str]:
+    """What no longer follows from the mixture or the plan, and why."""
+    if not (folder / "mixture" / "mixture.json").exists():
+        return []
+    found = stale(Mixture.load(folder / "mixture" / "mixture.json"), *made(folder))
+    lines = [f"stale      {name}: {why}" for name, why in found.items()]
+    return [*lines, f"           {REMEDY}"] if lines else []
 
 
 def _mixture(folder: Path) -> str:

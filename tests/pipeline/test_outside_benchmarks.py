@@ -217,6 +217,26 @@ def test_nothing_is_guessed(run, tmp_path, case):
     assert not (run / "benchmarks.json").exists() and not (run / "benchmarks.md").exists()
 
 
+def test_a_problem_of_many_files_is_told_once(run, tmp_path):
+    results = {"mmstar": {"average,none": 0.5}, "mme": {"score,none": 3.0}}
+    pairs = [f"{name}={lmms_file(tmp_path / name, name, results=results)}" for name in ("base", "merged", "branch-0")]
+    with pytest.raises(RecipeError, match="which metric counts") as error:
+        import_scores(run, {"lmms-eval": pairs}, Choices())
+    told = str(error.value)
+    assert told.count("`mmstar`") == told.count("`mme`") == 1 and told.count("and 2 more: ") == 2
+    assert told.count("'TASK=NAME*100' for a share of 1") == 1 and "nothing was imported" not in told
+    with pytest.raises(RecipeError, match="Did you mean") as error:
+        import_scores(run, {"lmms-eval": [f"mergd={tmp_path}", f"bse={tmp_path}", "foo"]}, Choices())
+    assert str(error.value).count("The run's models: base, joint/seed-0") == str(error.value).count("branch-1, merged.") == 1
+
+
+def test_a_file_that_does_not_say_its_model_is_told_as_such(run, tmp_path):
+    path = lmms_file(tmp_path, "a", model_name="", model_source="", config={})
+    import_scores(run, {"lmms-eval": [f"base={path}"]}, Choices())
+    text = (run / "benchmarks.md").read_text()
+    assert "- base: its results do not say which model was evaluated." in text and "not said" not in text
+
+
 def test_two_results_of_one_task_are_a_choice_of_the_users(run, tmp_path):
     first = lmms_file(tmp_path, "a")
     second = first.with_name("20260203_000000_results.json")
@@ -486,7 +506,7 @@ def test_scripts_are_shell_and_quote_what_they_are_given(run, tmp_path, program)
     (script,) = (tmp_path / "jobs $(touch y)").glob("*.sh")
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
     assert any(str(script) in line for line in told)
-    done, calls = run_script(script, tmp_path, VLMEVALKIT=str(tmp_path), GPUS="2")
+    done, calls = run_script(script, tmp_path, VLMEVALKIT=str(tmp_path), GPUS="2", OPENAI_API_KEY="k")
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("x")) + list(tmp_path.rglob("y"))  # nothing in a name was run
     names = list(subjects_of(run).models)
@@ -494,20 +514,98 @@ def test_scripts_are_shell_and_quote_what_they_are_given(run, tmp_path, program)
     tool, *arguments = calls[-1]
     assert tool == "anabranch" and arguments[:2] == ["benchmarks", str(run)] and arguments[2::2] == [option] * len(names)
     assert [pair.partition("=")[0] for pair in arguments[3::2]] == names
-    assert "OPENAI_API_KEY is not set" in done.stderr
+    assert "OPENAI_API_KEY is not set" not in done.stderr
+
+
+@pytest.mark.parametrize("program", ["lmms-eval", "VLMEvalKit"])
+def test_without_a_judge_only_what_needs_none_is_measured_and_it_is_said(run, tmp_path, program):
+    """What a judge would have to score is left for a start with the key, and does not count as measured."""
+    script = write_commands(subjects_of(run), tmp_path / "jobs", program)[-1]
+    judged = {b.name for b in PAPER if program in b.needs_judge}
+    done, calls = run_script(script, tmp_path, VLMEVALKIT=str(tmp_path))
+    assert done.returncode == 0 and re.search(r"OPENAI_API_KEY is not set: [^;]*are left out now", done.stderr)
+    assert all(name in done.stderr for name in judged)
+    if program == "VLMEvalKit":
+        data = json.loads((tmp_path / "jobs" / "vlmevalkit.here.json").read_text())["data"]
+        assert set(data) == {b.dataset for b in PAPER if b.name not in judged}
+        return
+    wanted = {b.lmms_tasks[0] for b in PAPER if b.name not in judged}
+    assert all(set(dict(pairwise(call))["--tasks"].split(",")) == wanted for call in calls[:-1])
+    for name in subjects_of(run).models:  # those have results now; the others are run with the key
+        lmms_file(tmp_path / "jobs" / "lmms-eval" / name.replace("/", ".") / "plain", name.replace("/", "."))
+    (tmp_path / "again").mkdir()
+    done, calls = run_script(script, tmp_path / "again", OPENAI_API_KEY="k")
+    assert len(calls) == len(subjects_of(run).models) + 1
+    others = {b.lmms_tasks[0] for b in PAPER} - wanted
+    assert all(set(dict(pairwise(call))["--tasks"].split(",")) == others for call in calls[:-1])
+
+
+@pytest.mark.parametrize("program", ["lmms-eval", "VLMEvalKit"])
+@pytest.mark.parametrize("told", ["ROOT", "RUN and BASE", "from inside"])
+def test_scripts_run_where_everything_was_copied_to(run, tmp_path, program, told):
+    """The folder that holds run and base is moved; so is that of the scripts, into one that a shell or JSON would trip on."""
+    write_commands(subjects_of(run), tmp_path / "jobs", program)
+    there = tmp_path / "there $(touch z)"
+    there.mkdir()
+    for name in (run.name, "base model"):
+        (tmp_path / name).rename(there / name)
+    jobs = (tmp_path / "jobs").rename(there / 'jo"b\\s & @HERE@')
+    (script,) = jobs.glob("*.sh")
+    place = f"../{there.name}" if told == "from inside" else str(there)
+    settings = {"ROOT": place} if told == "ROOT" else {"RUN": f"{place}/{run.name}", "BASE": f"{place}/base model"}
+    (tmp_path / "here").mkdir()
+    done, calls = run_script(script, tmp_path / "here", VLMEVALKIT=str(tmp_path), OPENAI_API_KEY="k", **settings)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("z")) and (calls[-1][2] == str(there / run.name) or told == "from inside")
+    assert Path(tmp_path / "here" / calls[-1][2]).resolve() == (there / run.name).resolve()
+    models = {"base": there / "base model", "merged": there / run.name / "merged"}
+    if program == "lmms-eval":
+        used = {call[call.index("--model_args") + 1].split(",")[0] for call in calls[:-1]}
+        found = {Path(text.removeprefix("pretrained=")).resolve() for text in used}
+        assert {path.resolve() for path in models.values()} <= found and len(found) == len(used)
+    else:
+        config = json.loads(Path(calls[0][calls[0].index("--config") + 1]).read_text())
+        for name, path in models.items():
+            assert Path(config["model"][name]["model_path"]).resolve() == path.resolve()
+    assert all(str(jobs) in pair for pair in calls[-1] if "=" in pair)
+
+
+@pytest.mark.parametrize("program", ["lmms-eval", "VLMEvalKit"])
+def test_what_a_script_is_told_by_its_environment_is_written_beside_it(run, tmp_path, program):
+    how, *_, script = write_commands(subjects_of(run), tmp_path / "jobs", program)
+    assert how.suffix == ".md" and how.stem == script.stem
+    for name in ("ROOT", "RUN", "BASE", "GPUS", "OPENAI_API_KEY"):
+        assert f"`{name}`" in how.read_text() and f"${{{name}:-" in script.read_text()
+    folders = [word for word in shlex.split(script.read_text(), comments=True) if str(tmp_path) in word]
+    assert folders == [f"ROOT={tmp_path}"]  # the only place of this machine
+
+
+def test_a_folder_that_the_programs_would_misread_is_refused_where_the_script_runs(run, tmp_path):
+    (tmp_path / "jobs").mkdir()
+    lmms = write_commands(subjects_of(run), tmp_path / "jobs", "lmms-eval")[-1]
+    done, calls = run_script(lmms, tmp_path, RUN=str(run), BASE="/data/a,b")
+    assert done.returncode == 1 and "neither , nor =" in done.stderr and not calls
+    write_commands(subjects_of(run), tmp_path / "jobs", "VLMEvalKit")
+    moved = (tmp_path / "jobs").rename(tmp_path / "Omni")
+    (tmp_path / "x").mkdir()
+    done, calls = run_script(moved / "vlmevalkit.sh", tmp_path / "x", VLMEVALKIT=str(tmp_path))
+    assert done.returncode == 1 and "would take omni in" in done.stderr and not calls
 
 
 def test_the_lmms_eval_script_runs_every_model(run, tmp_path):
-    (script,) = write_commands(subjects_of(run), tmp_path / "jobs", "lmms-eval")
-    _, calls = run_script(script, tmp_path)
+    script = write_commands(subjects_of(run), tmp_path / "jobs", "lmms-eval")[-1]
+    _, calls = run_script(script, tmp_path, OPENAI_API_KEY="k")
     subjects = subjects_of(run)
-    assert len(calls) == len(subjects.models) + 1
-    for (name, path), call in zip(subjects.models.items(), calls, strict=False):
-        said = dict(pairwise(call))
-        assert said["--model"] == "qwen2_5_vl"
-        assert said["--model_args"] == f"pretrained={path},max_pixels=614656,min_pixels=200704"
-        assert said["--tasks"].split(",") == [b.lmms_tasks[0] for b in PAPER]
-        assert said["--output_path"] == str(tmp_path / "jobs" / "lmms-eval" / name.replace("/", "."))
+    assert len(calls) == 2 * len(subjects.models) + 1
+    for i, (name, path) in enumerate(subjects.models.items()):
+        tasks = []
+        for call, kind in zip(calls[2 * i: 2 * i + 2], ("plain", "judged"), strict=True):
+            said = dict(pairwise(call))
+            assert said["--model"] == "qwen2_5_vl"
+            assert said["--model_args"] == f"pretrained={path},max_pixels=614656,min_pixels=200704"
+            assert said["--output_path"] == str(tmp_path / "jobs" / "lmms-eval" / name.replace("/", ".") / kind)
+            tasks += said["--tasks"].split(",")
+        assert sorted(tasks) == sorted(b.lmms_tasks[0] for b in PAPER)
     # what that call would leave, comes back through the script's own last line
     for name, path in subjects.models.items():
         lmms_file(tmp_path / "jobs" / "lmms-eval" / name.replace("/", "."), name.replace("/", "."), model_name=str(path))
@@ -516,11 +614,12 @@ def test_the_lmms_eval_script_runs_every_model(run, tmp_path):
 
 
 def test_the_vlmevalkit_config(run, tmp_path):
-    config, script = write_commands(subjects_of(run), tmp_path / "jobs", "VLMEvalKit")
+    *_, script = write_commands(subjects_of(run), tmp_path / "jobs", "VLMEvalKit")
+    done, calls = run_script(script, tmp_path, VLMEVALKIT=str(tmp_path), OPENAI_API_KEY="k")
+    config = tmp_path / "jobs" / "vlmevalkit.here.json"
     content = json.loads(config.read_text())
     assert set(content) == {"model", "data"} and set(content["data"]) == {b.dataset for b in PAPER}
     assert all({"class", "dataset"} == set(entry) for entry in content["data"].values())
-    done, calls = run_script(script, tmp_path, VLMEVALKIT=str(tmp_path))
     assert done.returncode == 0 and calls[0][:3] == ["torchrun", "--nproc-per-node", "1"]
     assert calls[0][calls[0].index("--config") + 1] == str(config)
     for name, path in subjects_of(run).models.items():
@@ -537,7 +636,7 @@ def test_the_vlmevalkit_config(run, tmp_path):
 
 
 def test_a_model_that_is_not_there_yet(run, tmp_path):
-    (script,) = write_commands(subjects_of(run), tmp_path / "jobs", "lmms-eval")
+    *_, script = write_commands(subjects_of(run), tmp_path / "jobs", "lmms-eval")
     (run / "merged" / "config.json").unlink()
     done, calls = run_script(script, tmp_path, OPENAI_API_KEY="k")
     assert done.returncode == 1 and "merged: no model at" in done.stderr and all(call[0] == "python3" for call in calls)
@@ -548,9 +647,9 @@ def test_what_cannot_be_exported(run, tmp_path):
     with pytest.raises(RecipeError, match=r"no such program.*Did you mean.*lmms-eval"):
         export_benchmarks(run, tmp_path / "jobs", "lmms_eval", None, print)
     (base / "config.json").write_text('{"model_type": "llava"}')
-    with pytest.raises(ModelError, match="model of type `llava` is not known here"):
+    with pytest.raises(ModelError, match=r"model of type `llava` is not known here.*--benchmarks lmms-eval takes any family"):
         write_commands(subjects_of(run), tmp_path / "jobs", "VLMEvalKit")
-    (script,) = write_commands(subjects_of(run), tmp_path / "jobs", "lmms-eval")
+    *_, script = write_commands(subjects_of(run), tmp_path / "jobs", "lmms-eval")
     assert "--model llava_hf" in script.read_text() and "takes no cap on pixels" in script.read_text()
     (base / "config.json").unlink()
     with pytest.raises(ModelError, match="does not say which model it is"):
@@ -567,8 +666,8 @@ def test_what_cannot_be_exported(run, tmp_path):
 
 def test_the_script_can_be_started_again(run, tmp_path):
     """What has a result is not run again: a second result of the same model could not be imported."""
-    (script,) = write_commands(subjects_of(run), tmp_path / "jobs", "lmms-eval")
-    lmms_file(tmp_path / "jobs" / "lmms-eval" / "base", "base")
+    *_, script = write_commands(subjects_of(run), tmp_path / "jobs", "lmms-eval")
+    lmms_file(tmp_path / "jobs" / "lmms-eval" / "base" / "plain", "base")
     done, calls = run_script(script, tmp_path)
     assert "base: measured before" in done.stdout and len(calls) == len(subjects_of(run).models)
     assert not any(str(tmp_path / "jobs" / "lmms-eval" / "base") in call for call in calls)
@@ -606,5 +705,6 @@ def test_smolvlm_has_its_own_prompt(run, tmp_path, family, template, kind):
     base = subjects_of(run).models["base"]
     (base / "config.json").write_text(json.dumps({"model_type": family}))
     (base / "chat_template.jinja").write_text(template + "{% for message in messages %}")
-    config, _ = write_commands(subjects_of(run), tmp_path / "jobs", "VLMEvalKit")
-    assert {entry["class"] for entry in json.loads(config.read_text())["model"].values()} == {kind}
+    _, *configs, _ = write_commands(subjects_of(run), tmp_path / "jobs", "VLMEvalKit")
+    assert len(configs) == 2
+    assert {entry["class"] for config in configs for entry in json.loads(config.read_text())["model"].values()} == {kind}

@@ -272,6 +272,30 @@ def test_three_hundred_units_stay_small_and_named(tmp_path):
     assert "298 more" not in page.text and all(page.text.count(f"_{i:03d}") >= 3 for i in range(300))
 
 
+def test_tables_of_thirty_units_are_whole_and_longer_ones_say_that_they_scroll(tmp_path):
+    """A box that scrolls and does not say it hides units."""
+    few, many = (write_report(fake_run(tmp_path / str(n), n)).read_text() for n in (30, 31))
+    first, _, _ = few.partition('id="conflict"')
+    assert 'class="scroll tall"' not in first and 'class="hint"' not in first and "answer_long" in first
+    assert many.count('class="scroll tall"') == Page(many).text.count("rows: scroll for all") > 0
+    assert "31 rows: scroll for all" in Page(many).text
+
+
+def test_what_is_cut_is_said_and_terms_are_explained_where_they_stand(done, tmp_path):
+    run = fake_run(tmp_path / "run", 24)
+    names = [u.name for u in read_contents(run).mixture.units]
+    fake_evaluation(run, names, "merged", 5, 0.9, -0.9, 0.5)
+    page, text = Page(write_report(run).read_text()), " ".join(markdown_report(run).split())
+    assert "worst first at each place (the first 6 of 24 on held-out rows)" in page.text and "6 of 24 on held-out" in text
+    assert "(24 units, 480 rows)" in page.text and "(24 units, 480 rows)" in text
+    for words in ("G_var is the branches' spread", "A sample is a training row in one pass"):
+        assert words in text
+    assert "G_var is the branches' spread" in page.text and "counted over all passes" in page.text
+    compared = " ".join(markdown_report(done).split())
+    assert "p over seeds: one-sided signed-rank test" in compared and "Held-out rows (24 units)" in compared
+    assert '<th class="n" scope="col" title="one-sided signed-rank test' in (done / "report.html").read_text()
+
+
 @pytest.mark.parametrize("count", [2, 3, 61])
 def test_small_and_middling_mixtures(tmp_path, count):
     assert write_report(fake_run(tmp_path / "run", count)).exists()

@@ -57,6 +57,7 @@ from anabranch.report.canvas import WIDTH, Sheet
 from anabranch.report.contents import read_contents
 from anabranch.report.diagnostic_figures import DRAWINGS, draw_picture, picture_svg
 from anabranch.report.diagnostics import NAMES, finding, flatter, last_pair, lowest, segment_kind
+from anabranch.report.displacement_figures import telling
 from anabranch.report.figures import DARK, LIGHT, Theme, settings
 from anabranch.scores import TIE
 
@@ -378,6 +379,61 @@ def segment(rows: str, barrier: float, low: float) -> Segment:
 def test_the_title_of_connectivity_is_the_verdict_s(segments, blocks, title):
     verdict, _ = judge_segments(segments, blocks)
     assert finding(LinearModeConnectivity(blocks={}, segments=segments, verdict=verdict, **COMMON)).startswith(title)
+
+
+def test_what_the_picture_of_connectivity_marks_is_in_its_title_and_its_sentences():
+    """Three marks on single groups' rows under a title of none would be two answers."""
+    segments = [segment("mixture", 0.0, 0.0), segment("group-3", 0.0, 0.0)]
+    segments[1:1] = [segment(f"group-{g}", 0.4, 0.3) for g in range(3)]
+    verdict, said = judge_segments(segments, 32)
+    title = finding(LinearModeConnectivity(blocks={}, segments=segments, verdict=verdict, **COMMON))
+    assert title == "No barrier on any of 1 segments on the mixture's rows; on single groups' rows: 3 of 4"
+    assert "On single groups' rows 3 of 4 curves have a barrier (above 0.01 nats" in " ".join(said)
+    assert "over 32 blocks of held-out rows" in " ".join(said)
+    one = segments[:2]
+    title = finding(LinearModeConnectivity(blocks={}, segments=one, verdict=judge_segments(one, 32)[0], **COMMON))
+    assert title.endswith("; on single groups' rows: 1 of 1")
+    figure, _ = drawn(LinearModeConnectivity(blocks={"mixture": 32}, segments=segments, verdict=verdict, **COMMON))
+    assert any("32 blocks of 8 held-out rows" in text.get_text() for text in figure.texts)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("lmc") and "nothing" not in case])
+def test_names_of_ticks_keep_clear_of_the_next_panel(case):
+    figure, _ = drawn(CASES[case])
+    renderer = figure.canvas.get_renderer()
+    boxes = [label.get_window_extent(renderer) for axes in figure.axes for label in axes.get_xticklabels() if label.get_text()]
+    assert boxes and not [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]
+
+
+def frozen(places: list[str], moved: tuple[str, ...]) -> Displacement:
+    """Two models that moved by 1 in `moved` and nowhere else."""
+    made = [ModelDisplacement(model=name, norm=1.0, relative=0.1, by_layer={p: 1.0 * (p in moved) for p in places},
+                              by_type={"embedding": 1.0 * bool(moved), "other": 0.0}) for name in ("merged", "joint")]
+    return displacement().model_copy(update={"models": made})
+
+
+def test_modules_in_which_nothing_moved_are_left_out_of_the_picture_and_counted():
+    places = ["model.vision_tower.embeddings", "model.vision_tower.post_norm", "model.language_model.embed_tokens", "0",
+              "model.language_model.norm"]
+    figure, _ = drawn(frozen(places, tuple(places[2:])))
+    names = {axes.get_title(loc="left"): [label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes}
+    assert names["By layer"] == ["embed_tokens", "0", "norm"] and names["By type of module"] == ["embedding"]
+    assert any(text.get_text().startswith("Not drawn: 2 of 5 layers and modules") for text in figure.texts)
+    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes if axes.get_title(loc="left").startswith("By"))
+    for case in (frozen(places, ()), displacement()):  # nothing moved at all; everything did
+        figure, _ = drawn(case)
+        assert not any("Not drawn" in text.get_text() for text in figure.texts)
+        assert sum(len(axes.get_xticks()) for axes in figure.axes if axes.get_title(loc="left") == "By layer") >= 5
+
+
+def test_cut_names_keep_what_tells_them_apart():
+    vision = ["model.vision_tower.embeddings.patch_embedding", "model.vision_tower.embeddings.position_embedding",
+              "model.audio_tower.embeddings.patch_embedding", "0"]
+    assert telling(vision)[1:] == ["position_embedding", telling(vision)[2], "0"]
+    assert len(set(telling(vision))) == 4
+    long = [f"a.{'same_' * 6}{end}_and_more" for end in ("left", "right")]
+    assert [("left" in cut, "right" in cut) for cut in telling(long)] == [(True, False), (False, True)]
+    assert telling(["x.norm", "x.norm"]) == ["norm", "norm"]
 
 
 def noisy(model: str, level: float, draws: int = 5, own: float = 0.0) -> PerturbationCurve:

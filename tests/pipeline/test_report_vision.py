@@ -97,7 +97,8 @@ def test_the_mixture_table_counts_images_and_the_cap_is_told(page):
     for words in ("image tokens", "614,656 pixels", "40.0%", "images, each once", "image missing", "image broken",
                   "image too large to open", "image animated"):
         assert words in read, words
-    assert re.search(r"\| images \| +image tokens \|", text) and re.search(r"pair +\|.*\| +2 \| +392 \|", text)
+    assert not re.search(r"\| training rows \|", text)  # beside images of every pass they would be two images a row
+    assert re.search(r"\| samples \|.*\| images \| +image tokens \|", text) and re.search(r"pair +\|.*\| +2 \| +392 \|", text)
     assert "8 prompt, 392 image, 3 trained" in " ".join(text.split())
     assert re.search(r"\| 614,656 pixels +\| +11 \| +4 \| +196 \| +600 \| +66\.7% \| +40\.0% \|", text)
 

@@ -34,8 +34,8 @@ MARK = "demo.json"
 PARTS = ("data", "transfer", "retention.jsonl", "base", "recipe.yaml")
 
 RECIPE = """\
-# The demo: {units} small tasks, some of which want opposite answers to one question, and a base of 280,000 parameters.
-# `anabranch run recipe.yaml` does it all. Paths are relative to this file; docs and defaults: `anabranch init`.
+# The demo: {units} small tasks, some of which ask the same but for one word and want another answer, and a base of 280,000
+# parameters. `anabranch run recipe.yaml` does it all. Paths are relative to this file; docs and defaults: `anabranch init`.
 
 model:
   path: ./base                     # every branch starts from it

@@ -1,13 +1,13 @@
-"""The picture demo's mixture: questions about pictures, some of which want opposite answers.
+"""The picture demo's mixture: questions about pictures, some of which differ in one word and want another answer.
 
 As in tasks.py, a family is one question, its tasks differ in a single cue word and want different answers, and the
 tasks of a family are given the same inputs: here the same pictures.
 
     family      tasks                                  what they disagree on
     count       count_digits, count_letters            spelling of a number         how many shapes
-    colour      colour_plain, colour_capitals          spelling of a word           of the shape that is asked for
-    place       place_sides, place_compass             left or west                 of the shape that is asked for
-    there       there_honest, there_flipped            what `yes` means             is there such a shape
+    colour      colour_plain, colour_capitals          spelling of a word           of the shapes
+    place       place_sides, place_compass             left or west                 of the one shape
+    many        many_honest, many_flipped              what `yes` means             are there more than four
     read        read_forwards, read_backwards          order                        three digits in the picture
     end         end_leftmost, end_rightmost            which one                    of three shapes in a row
     list        list_commas, list_bullets              format                       of all shapes

@@ -19,6 +19,7 @@ from anabranch.rows import RowImages, Rows, generator, load_unit
 from anabranch.run import Run
 
 COLUMNS, WIDE, HIGH, GAP, LARGER = 4, 400, 150, 10, 2
+HEAD, MARK = 10, 17  # pixels above the first row of cells; of a tick or cross, with the gap behind it
 INK, FAINT, RIGHT, WRONG = (25, 25, 28), (120, 120, 126), (20, 120, 50), (190, 35, 35)
 
 
@@ -69,14 +70,39 @@ def _answers(asked: Sequence[Question], folder: Path) -> list[str]:
 
 
 def draw_sheet(asked: Sequence[Question]) -> bytes:
-    """All questions with their pictures, the wanted answer and the models' ones, as a PNG file."""
+    """All questions with their pictures, the wanted answer and the models' ones, as a PNG file; what the marks mean, above."""
     high = -(-len(asked) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * (WIDE + GAP) + GAP, high * (HIGH + GAP) + GAP), (255, 255, 255))
+    sheet = Image.new("RGB", (COLUMNS * (WIDE + GAP) + GAP, HEAD + high * (HIGH + GAP) + GAP), (255, 255, 255))
+    _legend(sheet, asked)
     for i, question in enumerate(asked):
-        _cell(sheet, question, GAP + i % COLUMNS * (WIDE + GAP), GAP + i // COLUMNS * (HIGH + GAP))
+        _cell(sheet, question, GAP + i % COLUMNS * (WIDE + GAP), HEAD + GAP + i // COLUMNS * (HIGH + GAP))
     out = io.BytesIO()
     sheet.save(out, "PNG", optimize=True)
     return out.getvalue()
+
+
+def _legend(sheet: Image.Image, asked: Sequence[Question]) -> None:
+    """One line: what is shown, and what tick and cross mean."""
+    pen, x, y = ImageDraw.Draw(sheet), GAP, 2
+    models = list(asked[0].answers) if asked else []
+    named = " and ".join([", ".join(models[:-1]), models[-1]] if len(models) > 1 else models)
+    for right, colour, words in ((None, INK, f"Questions that nobody trained on, and the answers of {named}.    "),
+                                 (True, RIGHT, "right, in the very words that are wanted    "),
+                                 (False, WRONG, "any other words")):
+        if right is not None:
+            _mark(pen, x, y, right)
+            x += MARK
+        pen.text((x, y), words, fill=colour, font=_font())
+        x += int(pen.textlength(words, font=_font()))
+
+
+def _mark(pen: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> None:
+    """A tick or a cross, as lines: the font has neither."""
+    if right:
+        pen.line([(x + 1, y + 9), (x + 4, y + 13), (x + 11, y + 4)], fill=RIGHT, width=2)
+    else:
+        pen.line([(x + 2, y + 4), (x + 10, y + 13)], fill=WRONG, width=2)
+        pen.line([(x + 10, y + 4), (x + 2, y + 13)], fill=WRONG, width=2)
 
 
 def _cell(sheet: Image.Image, question: Question, x: int, y: int) -> None:
@@ -84,12 +110,16 @@ def _cell(sheet: Image.Image, question: Question, x: int, y: int) -> None:
     pen.rectangle((x, y, x + WIDE, y + HIGH), outline=(215, 215, 218))
     if question.picture is not None:
         sheet.paste(drawn(question.picture).resize((side, side), Image.Resampling.NEAREST), (x + GAP, y + (HIGH - side) // 2))
-    lines: list[tuple[str, tuple[int, int, int]]] = [
-        (question.unit, FAINT), (question.prompt, INK), (f"wanted: {question.wanted}", INK)]
-    lines += [(f"{name}: {answer}", RIGHT if answer == question.wanted else WRONG) for name, answer in question.answers.items()]
+    lines: list[tuple[str, tuple[int, int, int], bool | None]] = [
+        (question.unit, FAINT, None), (question.prompt, INK, None), (f"wanted: {question.wanted}", INK, None)]
+    lines += [(f"{name}: {answer}", RIGHT if answer == question.wanted else WRONG, answer == question.wanted)
+              for name, answer in question.answers.items()]
     left = x + GAP + (side + GAP if question.picture is not None else 0)
-    for i, (line, colour) in enumerate(lines):
-        pen.text((left, y + 8 + 22 * i), line.replace("\n", " / "), fill=colour, font=_font())
+    for i, (line, colour, right) in enumerate(lines):
+        top = y + 8 + 22 * i
+        if right is not None:
+            _mark(pen, left, top, right)
+        pen.text((left + (0 if right is None else MARK), top), line.replace("\n", " / "), fill=colour, font=_font())
 
 
 def _font() -> Any:
@@ -113,6 +143,13 @@ def losses_by_sight(run: Run, folder: Path) -> tuple[float, float]:
             own.append(_loss(run, model, rows))
             others.append(_loss(run, model, replace(rows, images=_exchanged(rows.images, run.recipe.seed, unit.name))))
     return float(np.mean(own)), float(np.mean(others))
+
+
+def rows_with_pictures(run: Run) -> tuple[int, int]:
+    """Units and held-out rows that `losses_by_sight` is over."""
+    found = [rows for unit in run.mixture.units
+             if (rows := load_unit(run.folder / "mixture" / unit.file, "held_out")).images is not None]
+    return len(found), sum(map(len, found))
 
 
 def _exchanged(images: RowImages, seed: int, unit: str) -> RowImages:

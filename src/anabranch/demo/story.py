@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from anabranch.artifacts import Conflict, write_atomically
+from anabranch.artifacts import Comparison, Conflict, write_atomically
 from anabranch.compare import Arm, arm_folder, parse_arms, run_comparison
 from anabranch.demo import CONFLICTING_PAIRS, make_demo
+from anabranch.demo.meaning import next_steps, reasons
 from anabranch.recipe import load_recipe
 from anabranch.report import comparison_markdown, write_report
 from anabranch.run import Run, open_run, run_stages
@@ -25,7 +26,7 @@ Progress = Callable[[str, str, int, int], None]
 
 def tell_story(folder: Path, *, seeds: int, tell: Callable[[str], None], progress: Progress) -> Path:
     """Make the mixture and a base, run every stage, compare the arms, write the report. Resumable; returns the page."""
-    tell("1. A mixture of small tasks, some of which want opposite answers to the same prompt, and a tiny base model.")
+    tell("1. A mixture of small tasks, and a tiny base model. " + pairs_line(len(CONFLICTING_PAIRS)))
     recipe_path = make_demo(folder, progress=lambda *a: progress("demo", *a))
     tell(f"   {recipe_path}: the recipe. The rest is what `anabranch run` and `anabranch compare` do with it.\n")
     tell("2. Measure the conflict, split, train the branches, merge once, evaluate.")
@@ -35,6 +36,7 @@ def tell_story(folder: Path, *, seeds: int, tell: Callable[[str], None], progres
     tell("3. Did it pay? Every arm on the same tokens.\n")
     comparison = run_comparison(run, parse_arms(ARMS), range(seeds))
     tell(comparison_markdown(comparison))
+    _explain(run, comparison, CONFLICTING_PAIRS, recipe_path, "4", tell)
     page = write_report(run.folder)
     tell(f"\nThe report, with its pictures: {page}")
     return page
@@ -52,7 +54,8 @@ def tell_picture_story(folder: Path, *, seeds: int, tell: Callable[[str], None],
     from anabranch.diagnose.run import run_diagnostics, subject_of_run
     from anabranch.diagnose.subject import Settings
 
-    tell("1. A mixture of questions about pictures, some of which want opposite answers, and a tiny vision-language base.")
+    tell("1. A mixture of questions about pictures, and a tiny vision-language base. "
+         + pairs_line(len(vision.CONFLICTING_PAIRS)))
     recipe_path = vision.make_picture_demo(folder, progress=lambda *a: progress("demo", *a), base_steps=base_steps)
     tell(f"   {recipe_path}: the recipe. The rest is what `anabranch run`, `compare` and `diagnose` do with it.\n")
     tell("2. Measure the conflict, split, train the language model's branches, merge once, evaluate.")
@@ -67,28 +70,53 @@ def tell_picture_story(folder: Path, *, seeds: int, tell: Callable[[str], None],
     settings = Settings(points=POINTS)
     run_diagnostics(subject_of_run(run, settings), run.folder / "diagnostics", settings, only=PICTURE_DIAGNOSTICS,
                     minutes=MINUTES, tell=tell, progress=progress)
-    tell("\n5. Look at it.\n")
+    _explain(run, comparison, vision.CONFLICTING_PAIRS, recipe_path, "5", tell)
+    tell("\n6. Look at it.\n")
     sheet = _show(run, folder, tell)
     page = write_report(run.folder)
-    tell(f"   Questions, pictures and answers: {sheet}\n   The report, with its pictures: {page}")
+    tell(f"   Questions, pictures and answers, right ones with a tick and wrong ones with a cross: {sheet}\n"
+         f"   The report, with its pictures: {page}")
     return page
+
+
+def pairs_line(count: int) -> str:
+    """What the planted pairs are: they disagree, and a model that reads the question can serve both."""
+    return (f"{count} pairs of tasks ask the same but for one word, and never want the same answer. That word tells which is "
+            "wanted, so one model can learn both; the base has met each question with and without it, answered either way.")
+
+
+def _explain(run: Run, comparison: Comparison, pairs: Sequence[tuple[str, str]], recipe: Path, step: str,
+             tell: Callable[[str], None]) -> None:
+    """Why it came out so, and what to try next: sentences from the run's own figures."""
+    why, further = reasons(run.folder, comparison, pairs), next_steps(run.folder, comparison, recipe, run.recipe.mixture.epochs)
+    tell(f"\n{step}. Why it came out so, by this run's figures.\n")
+    for line in why:
+        tell(f"   - {line}")
+    if further:
+        tell("   What these figures say of what to try next:")
+    for line in further:
+        tell(f"   - {line}")
 
 
 def _show(run: Run, folder: Path, tell: Callable[[str], None]) -> Path:
     """Make the sheet, and say in words what it shows; returns its path."""
-    from anabranch.demo.sheet import answered, draw_sheet, losses_by_sight, questions, right_answers
+    from anabranch.demo.sheet import answered, draw_sheet, losses_by_sight, questions, right_answers, rows_with_pictures
 
     joint = arm_folder(run, Arm("joint", "joint"), 0) / "merged"
     models = {"base": run.base, "joint": joint, "merged": run.folder / "merged"}
     asked = answered(questions(run.recipe.seed), models)
     path = folder / "pictures.png"
     write_atomically(path, draw_sheet(asked))
+    units, rows = rows_with_pictures(run)
+    tell(f"   Losses on the held-out rows of the {units} units with pictures ({rows:,} rows), mean over units; those of step 3 "
+         f"are over all {len(run.mixture.units)} units.")
     for name, model in models.items():
         own, others = losses_by_sight(run, model)
-        tell(f"   {name}: loss {own:.2f} on held-out rows with their pictures, {others:.2f} with those of other rows: "
+        tell(f"   {name}: loss {own:.3f} with their own pictures, {others:.3f} with those of other rows: "
              f"{'it looks' if others > 1.1 * own else 'it hardly looks'}.")
     told = ", ".join(f"{name} {count}" for name, count in right_answers(asked).items())
-    tell(f"   Of {len(asked)} questions on the sheet, answered to the letter: {told}.")
+    tell(f"   Of {len(asked)} questions on the sheet (the first held-out row of each task), answered in the very words: "
+         f"{told}.")
     return path
 
 

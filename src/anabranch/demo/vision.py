@@ -54,8 +54,9 @@ TELLS = {"llava": "LLaVA: an `image` path, and <image> in the text",
          "zipped": "a zip of rows and pictures", "text": "no pictures: batches may mix"}
 
 RECIPE = """\
-# The picture demo: {units} small tasks, most of them about pictures, some of which want opposite answers to one question, and
-# a LLaVA-type base of 370,000 parameters. `anabranch run recipe.yaml` does it all. Paths are relative to this file.
+# The picture demo: {units} small tasks, most of them about pictures, some of which ask the same but for one word and want
+# another answer, and a LLaVA-type base of 370,000 parameters. `anabranch run recipe.yaml` does it all. Paths are relative to
+# this file.
 
 model:
   path: ./base                     # every branch starts from it; its processor is used as it is

@@ -121,9 +121,10 @@ def judge_segments(segments: list[Segment], blocks: int) -> tuple[Verdict, list[
                 f"{TIE} nats of the straight line between its ends, or within chance of it (the highest: {worst.start} to "
                 f"{worst.end}, {worst.barrier:.4f} nats)."]
     if others:
-        said.append(f"On single groups' rows {len(others)} of {len(segments) - len(mixture)} curves "
-                    f"{'has' if len(others) == 1 else 'have'} a barrier (above {TIE} nats, and beyond chance), the highest from "
-                    f"{others[0].start} to {others[0].end} on {others[0].rows}: {others[0].barrier:.3f} nats. They are not judged.")
+        top, curves = others[0], f"{len(others)} of {len(segments) - len(mixture)} curves"
+        said.append(f"On single groups' rows {curves} {'has' if len(others) == 1 else 'have'} a barrier (above {TIE} nats, and "
+                    f"beyond chance), the highest from {top.start} to {top.end} on {top.rows}: {top.barrier:.3f} nats. "
+                    "They are not judged.")
     said.append(f"These losses are over {blocks} blocks of held-out rows, every token with the same say; the evaluation's are "
                 "over all held-out rows that it scores, every unit with the same say, and so differ.")
     said.append("No barrier does not mean that the merge is better than joint training; it means that averaging did not break "

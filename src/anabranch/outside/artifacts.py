@@ -9,6 +9,7 @@ from pydantic import Field
 from anabranch.artifacts import Artifact, Part
 from anabranch.outside.suite import Program
 
+NOT_SAID = "not said"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -25,7 +26,7 @@ class Score(Part):
     judge: str | None = Field(None, description="the language model that judged, where the file's name says it")
     task_version: str | None = None
     program_version: str | None = Field(None, description="its commit or run id, where it says one")
-    evaluated: str = Field(description="what the program says it evaluated")
+    evaluated: str = Field(description="what the program says it evaluated, or `not said`")
     file: str = Field(description="that the score was read from, relative to the folder that was given")
     sha256: str = Field(description="of that file")
 

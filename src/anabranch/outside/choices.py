@@ -22,18 +22,31 @@ class Choices:
 class Problems:
     """Collected while files are read, told in one message."""
 
-    lines: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+    metrics: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (task, what was found) -> where
+
+    @property
+    def lines(self) -> list[str]:
+        """All of them, none twice: a task that is unknown in many files is one."""
+        asked = []
+        for (task, found), places in self.metrics.items():
+            where = places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
+            asked.append(f"{where}: `{task}`: which metric counts? Found: {found}. Say --metric '{task}=NAME' or "
+                         f"--skip '{task}'.")
+        how = ["--metric 'TASK=NAME' is for points of 100, 'TASK=NAME*100' for a share of 1."] if asked else []
+        return [*self.told, *asked, *how]
 
     def add(self, text: str) -> None:
-        if text not in self.lines:
-            self.lines.append(text)
+        if text not in self.told:
+            self.told.append(text)
 
     def unknown(self, where: str, task: str, found: Sequence[str]) -> None:
         """A task that the table does not know, or whose metric is not where the table says."""
         task, shown = said(task, 100), ", ".join(f"`{said(name, 100)}`" for name in found[:8])
         shown += f" and {len(found) - 8} more" if len(found) > 8 else ""
-        self.add(f"{where}: `{task}`: which metric counts? Found: {shown or 'no number'}. Say --metric '{task}=NAME' if it is "
-                 f"in points of 100, --metric '{task}=NAME*100' if it is a share of 1, or --skip '{task}'.")
+        places = self.metrics.setdefault((task, shown or "no number"), [])
+        if where not in places:
+            places.append(where)
 
 
 def read_choices(metrics: Sequence[str], skip: Sequence[str]) -> Choices:

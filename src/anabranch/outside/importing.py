@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from anabranch.artifacts import write_atomically
-from anabranch.errors import RecipeError
-from anabranch.outside.artifacts import Benchmarks, Score
+from anabranch.errors import RecipeError, closest
+from anabranch.outside.artifacts import NOT_SAID, Benchmarks, Score
 from anabranch.outside.choices import Choices, Problems
 from anabranch.outside.commands import slug_of
-from anabranch.outside.lmms_eval import NOT_SAID, read_lmms_eval
+from anabranch.outside.lmms_eval import read_lmms_eval
 from anabranch.outside.subjects import Subjects, subjects_of
 from anabranch.outside.suite import Program
 from anabranch.outside.table import disagreements, markdown
@@ -50,7 +50,7 @@ def import_scores(run: Path, places: dict[Program, Sequence[str]], choices: Choi
     _check_evaluated(scores, problems)
     for line in disagreements(scores):
         problems.add(line)
-    if not scores:
+    if not scores and not problems.lines:
         problems.add("nothing was imported: no score was found.")
     if problems.lines:
         raise RecipeError.of("benchmarks: the results cannot be taken as they are:", problems.lines)
@@ -73,22 +73,26 @@ def _earlier(path: Path, subjects: Subjects) -> list[Score]:
 
 def _pairs(program: Program, texts: Sequence[str], subjects: Subjects, problems: Problems) -> list[tuple[str, Path]]:
     pairs: dict[str, Path] = {}
+    strangers = False
     for text in texts:
         name, equals, place = text.partition("=")
         if not (name and equals and place):
-            problems.add(f"{OPTIONS[program]} {text}: wanted NAME=PATH, as in base=results/base; NAME is one of "
-                         f"{', '.join(subjects.models)}.")
+            problems.add(f"{OPTIONS[program]} {text}: wanted NAME=PATH, as in base=results/base.")
+            strangers = True
         elif name in pairs:
             problems.add(f"{OPTIONS[program]}: `{name}` stands twice.")
+        elif name not in subjects.models:
+            problems.add(f"{OPTIONS[program]} {text}: no model of this run.{closest(name, list(subjects.models))}")
+            strangers = True
         else:
             try:
                 where = Path(os.path.abspath(os.path.expanduser(place)))  # VLMEvalKit's folders tell by their names
                 where.exists()  # raises where the system cannot take the name
-                pairs[subjects.named(name)] = where
+                pairs[name] = where
             except OSError as error:
                 problems.add(f"{OPTIONS[program]} {name}={place[:200]}: {error.strerror}.")
-            except RecipeError as error:
-                problems.add(f"{OPTIONS[program]} {text}: {error}")
+    if strangers:
+        problems.add(f"The run's models: {', '.join(subjects.models)}.")
     return list(pairs.items())
 
 

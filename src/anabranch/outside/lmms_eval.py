@@ -15,13 +15,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from anabranch.outside.artifacts import Score
+from anabranch.outside.artifacts import NOT_SAID, Score
 from anabranch.outside.choices import Choices, Problems, in_points
 from anabranch.outside.reading import count, number, parse, read_plain, said
 from anabranch.outside.suite import Metric, benchmark_of
 
 MOST_BYTES = 256 * 2**20
-NOT_SAID = "not said"
 
 
 def read_lmms_eval(model: str, place: Path, choices: Choices, problems: Problems) -> list[Score]:

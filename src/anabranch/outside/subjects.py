@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.artifacts import Plan
-from anabranch.errors import CorruptedError, RecipeError, closest
+from anabranch.errors import CorruptedError
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,6 @@ class Subjects:
     base_hash: str
     max_pixels: int | None
     models: dict[str, Path]
-
-    def named(self, name: str) -> str:
-        """The name itself. Raises RecipeError if the run has no such model."""
-        if name not in self.models:
-            raise RecipeError(f"{name}: no model of this run.{closest(name, list(self.models))} It has: "
-                              f"{', '.join(self.models)}.")
-        return name
 
 
 def subjects_of(run: Path) -> Subjects:

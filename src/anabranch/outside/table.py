@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from statistics import fmean, stdev
 
-from anabranch.outside.artifacts import Score
+from anabranch.outside.artifacts import NOT_SAID, Score
 from anabranch.outside.subjects import arm_of
 from anabranch.outside.suite import PAPER, PROGRAMS, PUBLISHED, Program, benchmark_of
 
@@ -155,7 +155,9 @@ def _notes(table: Table, scores: list[Score]) -> list[str]:
     if versions:
         lines.append(f"- {table.program}: {', '.join(map(_plain, versions))}.")
     for model in dict.fromkeys(s.model for s in sorted(scores, key=lambda s: _place_of(s.model))):
-        lines.append(f"- {_plain(model)}: evaluated as {_plain(next(s.evaluated for s in scores if s.model == model))}.")
+        evaluated = next(s.evaluated for s in scores if s.model == model)
+        lines.append(f"- {_plain(model)}: " + ("its results do not say which model was evaluated." if evaluated == NOT_SAID else
+                                               f"evaluated as {_plain(evaluated)}."))
     return lines
 
 

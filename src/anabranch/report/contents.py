@@ -27,6 +27,7 @@ from anabranch.artifacts import (
 )
 from anabranch.diagnose.artifacts import KINDS, Diagnostic
 from anabranch.errors import CorruptedError, OutputError
+from anabranch.stale import made, stale
 
 A = TypeVar("A", Gradients, Conflict, Plan, MergeManifest, Comparison, Pilot, Operators)
 PLACE_WORDS = {"held_out": "held-out rows", "transfer": "transfer", "retention": "retention"}
@@ -44,7 +45,7 @@ class Contents:
 
     T units, R axes: `tensors` has cosine, corrected, gram [T, T] and scores [T, R], rows in `conflict.units` order.
     `diagnostics`: by kind; `outdated`: what is there and was made of another mixture, measured conflict, plan or model
-    than the folder now holds, and is not shown: kinds of diagnostics, `pilot`, `merge_methods`.
+    than the folder now holds, and is not shown: kinds of diagnostics, `pilot`, `merge_methods`, and what `stale` finds.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Contents:
     comparison: Comparison | None
     diagnostics: dict[str, Diagnostic] = field(default_factory=dict)
     outdated: list[str] = field(default_factory=list)
+    stale: bool = False
     pilot: Pilot | None = None
     operators: Operators | None = None
     folder: Path = Path()  # where these lie: images are too large to be read before it is known which are shown
@@ -100,30 +102,32 @@ def read_contents(run: Path) -> Contents:
         raise OutputError(f"{run}: no mixture/mixture.json there, so there is nothing to report. Give the folder named "
                           "by `output` in the recipe; `anabranch run recipe.yaml` makes it.")
     conflict = _maybe(Conflict, run / "conflict" / "conflict.json")
-    manifests = sorted((run / "branches").glob("*/branch.json")) if (run / "branches").is_dir() else []
-    branches = [BranchManifest.load(path) for path in manifests]
-    merge = _maybe(MergeManifest, run / "merged" / "manifest.json")
-    mixture, plan = Mixture.load(run / "mixture" / "mixture.json"), _maybe(Plan, run / "plan.json")
-    here = _hashes(mixture, _maybe(Gradients, run / "gradients" / "gradients.json"), conflict, plan, branches, merge)
+    mixture, gradients = Mixture.load(run / "mixture" / "mixture.json"), _maybe(Gradients, run / "gradients" / "gradients.json")
+    plan, branches, merge, evaluations = made(run)
+    here = _hashes(mixture, gradients, conflict, plan, list(branches.values()), merge)
     diagnostics, outdated = _diagnostics(run / "diagnostics", here)
     pilot, operators = _maybe(Pilot, run / "pilot.json"), _maybe(Operators, run / "merge_methods.json")
     if pilot is not None and pilot.made_from.get("mixture", mixture.hash) != mixture.hash:
         pilot, outdated = None, [*outdated, "pilot"]
     if operators is not None and plan is not None and operators.made_from.get("plan", plan.hash) != plan.hash:
         operators, outdated = None, [*outdated, "merge_methods"]
-    evaluations = {path.stem: Evaluation.load(path) for path in sorted((run / "evaluation").glob("*.json"))}
+    old = stale(mixture, plan, branches, merge, evaluations)
+    if "plan" in old:  # what was measured of its branches, on the rows of then
+        outdated, diagnostics = sorted({*outdated, *diagnostics, *(["merge_methods"] if operators else [])}), {}
+        operators = None
     return Contents(
         name=run.name,
         mixture=mixture,
         conflict=conflict,
         tensors=_tensors(run / "conflict" / "conflict.safetensors", conflict) if conflict else {},
-        plan=plan,
-        branches={b.branch: b for b in sorted(branches, key=lambda b: b.branch)},
-        merge=merge,
-        evaluations=evaluations,
+        plan=None if "plan" in old else plan,
+        branches={k: b for k, b in branches.items() if f"branch-{k}" not in old},
+        merge=None if "merged" in old else merge,
+        evaluations={label: e for label, e in evaluations.items() if f"evaluation of {label}" not in old},
         comparison=_comparison(run, mixture),
         diagnostics=diagnostics,
-        outdated=outdated,
+        outdated=[*old, *outdated],
+        stale=bool(old),
         pilot=pilot,
         operators=operators,
         folder=run,

@@ -26,6 +26,7 @@ from anabranch.report import gradient_figures as gradients
 from anabranch.report import model_figures as models
 from anabranch.report.canvas import WIDTH, Sheet, fit
 from anabranch.report.diagnostics import finding
+from anabranch.report.displacement_figures import displacement_height, draw_displacement
 from anabranch.report.figures import LIGHT, Theme, settings, svg
 
 PIXELS = 1350  # across: 9 inches at 150 dots per inch
@@ -41,7 +42,7 @@ class Drawing(NamedTuple):
 
 DRAWINGS: dict[type[Diagnostic], Drawing] = {
     LinearModeConnectivity: Drawing(models.lmc_height, models.draw_lmc),
-    Displacement: Drawing(models.displacement_height, models.draw_displacement),
+    Displacement: Drawing(displacement_height, draw_displacement),
     LossSurface: Drawing(models.surface_height, models.draw_surface),
     Generalization: Drawing(models.generalization_height, models.draw_generalization),
     Perturbation: Drawing(models.perturbation_height, models.draw_perturbation),

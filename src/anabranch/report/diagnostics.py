@@ -132,21 +132,23 @@ def is_barrier(segment: Segment) -> bool:
 
 
 def _lmc_finding(d: LinearModeConnectivity) -> str:
-    """As the verdict is: rows of single groups are not judged, so they are not in the title."""
+    """As the verdict is: rows of single groups are not judged, but what the picture marks there is counted behind it."""
     if not d.segments:
         return "No segment was measured"
     rows = main_rows(d)
-    judged = [s for s in d.segments if s.rows == rows]
+    judged, others = [s for s in d.segments if s.rows == rows], [s for s in d.segments if s.rows != rows]
     found = [s for s in judged if is_barrier(s)] if rows == "mixture" else []
     top = max(found or judged, key=lambda s: s.barrier)
     where = f"{top.start} – {top.end}, {rows_name(rows)}"
+    single = sum(is_barrier(s) for s in others)
+    beside = f"; on single groups' rows: {single} of {len(others)}" if single else ""
     if d.verdict == "bad":
         return (f"A barrier: {max(1, len(found))} of {len(judged)} segments rise above the line between their ends; most, by "
-                f"{top.barrier:.3f} nats per token: {where}")
+                f"{top.barrier:.3f} nats per token: {where}{beside}")
     if d.verdict == "good" and top.barrier < 5e-4:
-        return f"No barrier on any of {len(judged)} segments: none rises above the line between its ends"
+        return f"No barrier on any of {len(judged)} segments on the mixture's rows{beside}"
     words = "No barrier" if d.verdict == "good" else "Barriers not judged"
-    return f"{words}: of {len(judged)} segments the highest rise is {top.barrier:.3f} nats per token ({where})"
+    return f"{words}: of {len(judged)} segments the highest rise is {top.barrier:.3f} nats per token ({where}){beside}"
 
 
 def rows_name(rows: str) -> str:

@@ -84,9 +84,11 @@ def _table(table: Table, columns: list[int] | None = None, rows: int = ROWS, nam
 def _mixture(contents: Contents) -> list[str]:
     mixture = contents.mixture
     table = tables.mixture_table(contents)
-    shown = ["unit", "training rows", "tokens", "held-out rows", "rows left out",
-             *(["images", "image tokens"] if mixture.vision is not None else ["samples"])]
+    shown = ["unit", "samples", "tokens", "held-out rows", "rows left out",
+             *(["images", "image tokens"] if mixture.vision is not None else ["training rows"])]
     lines = _table(table, [i for i, header in enumerate(table.headers) if header in shown])
+    lines += [_wrapped(f"A sample is a training row in one pass ({sum(u.rows for u in mixture.units):,} rows in all); tokens "
+                       "and images are those of all samples."), ""]
     if mixture.vision is not None:
         lines += _table(tables.images_table(contents), [0, 1, 2, 4, 6, 7, 9])
     lines += (_table(tables.excluded_table(contents), [0, 1, 2, 4]) if mixture.excluded else ["No row was left "
@@ -110,7 +112,7 @@ def _conflict(contents: Contents) -> list[str]:
                       f"Mean {tables.number(conflict.cosine_mean)}, lowest {tables.number(conflict.cosine_min)}, "
                       f"{conflict.negative_share:.0%} of pairs below 0. Share of the variance by axis: {shares}."), ""]
     lines += _table(tables.conflicting_table(contents), rows=6)
-    lines += _table(tables.spectral_table(contents))
+    lines += [*_table(tables.spectral_table(contents)), _wrapped(tables.G_VAR), ""]
     worst = ", ".join(_plain(shorten(u, 30)) for u in conflict.unreliable[:6])
     lines.append(_wrapped(f"Gradients whose two halves do not agree: {len(conflict.unreliable)} of "
                           f"{len(conflict.units)} units"
@@ -178,6 +180,9 @@ def _comparison(contents: Contents) -> list[str]:
 
 def _arms(comparison: Comparison) -> list[str]:
     lines = _table(tables.arms_table(comparison), [0, 1, 2, 3, 4, 5], rows=40)
+    lines += [_wrapped("Loss: nats per response token, mean over units, each with the same say. Won, tied and lost count units "
+                       "against joint. p over seeds: one-sided signed-rank test that the arm beats joint; one seed gives none. "
+                       "Share of joint's step: how far back joint_matched was pulled, 1 is joint and 0 the base."), ""]
     for place in PLACES:
         table = tables.place_table(comparison, place)
         if table.rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 
 from anabranch.report.contents import clean
-from anabranch.report.tables import Table
+from anabranch.report.tables import HINTS, Table
 
 
 class Markup(str):
@@ -40,7 +40,11 @@ def code(sentence: str) -> Markup:
 
 
 def html_table(table: Table, tall: bool = False, marks: dict[str, str] | None = None) -> Markup:
-    """A table in a box of its own that scrolls sideways (`tall`: down, too). `marks`: first cell -> swatch's class."""
+    """A table in a box of its own that scrolls sideways (`tall`: down, too, and says so).
+
+    Args:
+        marks: first cell -> swatch's class.
+    """
 
     def cells(row: list[str]) -> list[Markup]:
         out = []
@@ -55,10 +59,12 @@ def html_table(table: Table, tall: bool = False, marks: dict[str, str] | None = 
         return out
 
     kinds = ["w" if i < table.words else "n" for i in range(len(table.headers))]
-    head = tag("tr", *(tag("th", h, cls=kind, scope="col") for h, kind in zip(table.headers, kinds, strict=True)))
+    head = tag("tr", *(tag("th", h, cls=kind, scope="col", **({"title": HINTS[h]} if h in HINTS else {}))
+                       for h, kind in zip(table.headers, kinds, strict=True)))
     body = tag("tbody", *(tag("tr", *cells(row)) for row in table.rows))
     foot = [tag("tfoot", tag("tr", *cells(table.total)))] if table.total else []
-    grid = tag("table", tag("caption", tag("span", table.caption)), tag("thead", head), body, *foot)
+    hint = [tag("span", f"{len(table.rows):,} rows: scroll for all", cls="hint")] if tall else []
+    grid = tag("table", tag("caption", tag("span", table.caption, *hint)), tag("thead", head), body, *foot)
     box = "scroll tall" if tall else "scroll"
     return tag("div", grid, cls=box, tabindex="0", role="region", aria_label=table.caption)
 

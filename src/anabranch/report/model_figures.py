@@ -1,4 +1,4 @@
-"""Pictures of models: what lies between them, how far they moved, the loss around them."""
+"""Pictures of models: what lies between them, the loss around them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,21 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from anabranch.diagnose.artifacts import (
-    Displacement,
     FittedModel,
     Generalization,
     LinearModeConnectivity,
     LossSurface,
-    ModelDisplacement,
     Perturbation,
     PerturbationCurve,
     Segment,
 )
 from anabranch.report.canvas import (
+    CHARACTER,
     LEGEND_ROW,
     WIDTH,
     Look,
     Sheet,
-    branch_number,
     cycle,
-    heat,
     key,
     legend_height,
     logarithmic,
@@ -48,6 +45,7 @@ KIND_ORDER = ("branch–branch", "branch–merged", "base–merged", "base–bra
 BARRIER_ROWS = 45
 BARRIER_COLUMNS = 9
 BARRIER_ROW = 15.0
+LMC_TOP = 56.0  # of the curves: above them their titles and what the losses are over
 LEAST_RANGE = 0.01  # nats; the barriers' axis is never narrower, or rounding would look like a ridge
 
 
@@ -102,7 +100,7 @@ def lmc_height(d: LinearModeConnectivity) -> float:
     width = _panels(len(kinds))[0][1]
     legend = max(legend_height(_line_entries(s), width) for s in kinds.values())
     pairs, _, cut = _barrier_table(d)
-    return 34 + 200 + 48 + legend + 60 + BARRIER_ROW * len(pairs) + 62 + 18 * cut
+    return LMC_TOP + 200 + 48 + legend + 60 + BARRIER_ROW * len(pairs) + 80 + 18 * cut
 
 
 def draw_lmc(sheet: Sheet, d: LinearModeConnectivity) -> None:
@@ -115,7 +113,7 @@ def draw_lmc(sheet: Sheet, d: LinearModeConnectivity) -> None:
     room = 0.06 * (max(losses) - min(losses)) or 0.01
     legend = 0.0
     for i, ((kind, segments), (left, width)) in enumerate(zip(kinds.items(), _panels(len(kinds)), strict=True)):
-        axes = sheet.axes(left, 34, width, 200, f"{kind}, {rows_name(main_rows(d))}", "y")
+        axes = sheet.axes(left, LMC_TOP, width, 200, f"{kind}, {rows_name(main_rows(d))}", "y")
         entries = _segment_lines(axes, sheet, segments)
         axes.set(xlim=(-0.025, 1.025), ylim=(min(losses) - room, max(losses) + room))
         axes.set_xlabel("α, from the first to the second")
@@ -124,9 +122,12 @@ def draw_lmc(sheet: Sheet, d: LinearModeConnectivity) -> None:
             axes.tick_params(labelleft=False)
         else:
             axes.set_ylabel(LOSS)
-        sheet.legend(left, 34 + 200 + 48, width, entries)
+        sheet.legend(left, LMC_TOP + 200 + 48, width, entries)
         legend = max(legend, legend_height([label for _, label in entries], width))
-    _draw_barriers(sheet, d, 34 + 200 + 48 + legend + 60)
+    if (blocks := d.blocks.get(main_rows(d))) is not None:
+        sheet.words(62, 2, f"{rows_name(main_rows(d))}: {blocks} blocks of {d.settings.get('batch_rows', 8)} held-out rows, "
+                    "every token with the same say (the evaluation: every unit)", WIDTH - 62)
+    _draw_barriers(sheet, d, LMC_TOP + 200 + 48 + legend + 60)
 
 
 def _segment_lines(axes: Axes, sheet: Sheet, segments: Sequence[Segment]) -> list[tuple[Line2D, str]]:
@@ -158,8 +159,8 @@ def _draw_barriers(sheet: Sheet, d: LinearModeConnectivity, top: float) -> None:
     shown = [s for s in d.segments if (s.start, s.end) in place and s.rows in columns]
     low, high = min(0.0, *(s.low for s in shown)), max(LEAST_RANGE, *(max(s.high, s.barrier) for s in shown))
     pad = 0.07 * (high - low)
-    sheet.words(labels, top - 44, "Barriers: largest rise above the line between both ends; intervals over blocks, 95 % "
-                "for all segments at once", WIDTH - labels, 10.5, sheet.theme.ink)
+    sheet.words(labels, top - 40, "Barriers: largest rise above the line between both ends", WIDTH - labels, 10.5,
+                sheet.theme.ink)
     left = labels
     for i, rows in enumerate(columns):
         width = unit * (first if i == 0 else 1.0)
@@ -167,16 +168,27 @@ def _draw_barriers(sheet: Sheet, d: LinearModeConnectivity, top: float) -> None:
         axes.set_title(shorten(rows_name(rows), max(8, int(width / 6.4))), loc="left", fontsize=9.5, color=sheet.theme.soft)
         _barrier_dots(axes, sheet, [s for s in shown if s.rows == rows], place)
         axes.set(xlim=(low - pad, high + pad), ylim=(-0.8, len(pairs) - 0.2))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=max(1, int(width / 50)), steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}".replace("-", "−")))
+        axes.set_xticks(*_inner_ticks(low - pad, high + pad, width))
         axes.set_yticks(range(len(pairs)), [shorten(f"{a} – {b}", 38) for a, b in reversed(pairs)] if i == 0 else [])
         axes.tick_params(axis="y", length=0, labelcolor=sheet.theme.ink, labelsize=9)
         left += width + 10
     sheet.words(labels, top + BARRIER_ROW * len(pairs) + 34, "barrier, nats per response token    ● none to speak of"
                 f"    ✖ above {TIE:g}, and its interval above 0", WIDTH - labels)
+    sheet.words(labels, top + BARRIER_ROW * len(pairs) + 52, "Bars: 95 % intervals over blocks, for all segments at once",
+                WIDTH - labels)
     if cut:
-        sheet.words(labels, top + BARRIER_ROW * len(pairs) + 54, "Only the highest are drawn; the table has all.",
+        sheet.words(labels, top + BARRIER_ROW * len(pairs) + 72, "Only the highest are drawn; the table has all.",
                     WIDTH - labels)
+
+
+def _inner_ticks(low: float, high: float, width: float) -> tuple[list[float], list[str]]:
+    """Round places on an axis `width` pixels wide, and their names: only those that stay clear of the next panel's."""
+    values = [float(v) + 0.0 for v in MaxNLocator(nbins=max(1, int(width / 50)), steps=[1, 2, 5, 10]).tick_values(low, high)]
+    names = [f"{v:g}".replace("-", "−") for v in values]
+    at = [(v - low) / (high - low) * width for v in values]
+    half = [CHARACTER / 2 * len(name) for name in names]
+    clear = [i for i, x in enumerate(at) if x - half[i] >= -4 and x + half[i] <= width + 4]
+    return [values[i] for i in clear], [names[i] for i in clear]
 
 
 def _barrier_dots(axes: Axes, sheet: Sheet, segments: Sequence[Segment], place: dict[tuple[str, str], int]) -> None:
@@ -188,95 +200,6 @@ def _barrier_dots(axes: Axes, sheet: Sheet, segments: Sequence[Segment], place: 
         whiskers(axes, s.barrier, y, min(s.low, s.barrier), max(s.high, s.barrier), colour, upright=False, width=1.2)
         (mark,) = axes.plot(s.barrier, y, "X" if above else "o", color=colour, markersize=6.5 if above else 4.5)
         tip(mark, f"{s.start} – {s.end}, {rows_name(s.rows)}: {s.barrier:.4f} ({s.low:.4f} to {s.high:.4f})")
-
-
-# ---- displacement ----------------------------------------------------------------------------------------------------
-
-
-def displacement_height(d: Displacement) -> float:
-    return 34 + _upper(d) + 74 + 34 + 190 + 78 + legend_height([m.model for m in d.models], WIDTH - 74) + 6
-
-
-def _upper(d: Displacement) -> float:
-    return max(170.0, 24.0 * len(d.models), min(300.0, 26.0 * len(d.labels)))
-
-
-def draw_displacement(sheet: Sheet, d: Displacement) -> None:
-    """Distances from the base, cosines of task vectors; the same distances by layer and by type of module."""
-    height = _upper(d)
-    names = [shorten(m.model, 18) for m in d.models]
-    left = 20 + 6.4 * max(map(len, names), default=4)
-    axes = sheet.axes(left, 34, 400 - left, height, "Distance from the base", "x")
-    _norms(axes, sheet, d.models, names)
-    if d.labels:
-        side = 22 + 6.4 * max(len(shorten(label, 22)) for label in d.labels)
-        cells = sheet.axes(418 + side, 34, WIDTH - 432 - side, height, "Cosines between task vectors")
-        heat(cells, sheet.theme, np.array(d.cosines, dtype=np.float64), d.labels, d.labels)
-    top = 34 + height + 74 + 34
-    layers = _layers(d.models)
-    wide = 400.0 if len(layers) <= 12 else 480.0
-    axes = sheet.axes(62, top, wide, 190, "By layer", "y")
-    _by_place(axes, sheet, d.models, layers, "by_layer")
-    axes.set_ylabel("L2 distance there")
-    kinds = [k for k in ("embedding", "attention", "mlp", "norm", "head", "other") if any(k in m.by_type for m in d.models)]
-    kinds += sorted({k for m in d.models for k in m.by_type} - set(kinds))
-    axes = sheet.axes(62 + wide + 44, top, WIDTH - 74 - wide - 44, 190, "By type of module", "y")
-    _by_place(axes, sheet, d.models, kinds, "by_type")
-    sheet.legend(62, top + 190 + 78, WIDTH - 74, [(key(look(sheet.theme, m.model)), shorten(m.model, 26)) for m in d.models])
-
-
-def _norms(axes: Axes, sheet: Sheet, models: Sequence[ModelDisplacement], names: list[str]) -> None:
-    top = max((m.norm for m in models), default=1.0) or 1.0
-    for y, m in enumerate(reversed(models)):
-        colour, mark, _, size, _ = look(sheet.theme, m.model)
-        axes.plot([0, m.norm], [y, y], color=colour, linewidth=2)
-        (dot,) = axes.plot(m.norm, y, mark, color=colour, markersize=size)
-        tip(dot, f"{m.model}: {m.norm:.3f}")
-        axes.annotate(f"{m.norm:.2f} ({m.relative:.1%})", (m.norm, y), (8, 0), textcoords="offset points", va="center",
-                      fontsize=9, color=sheet.theme.ink)
-    axes.set(xlim=(0, top * 1.55), ylim=(-0.6, len(models) - 0.4))
-    axes.set_yticks(range(len(models)), names[::-1])
-    axes.tick_params(axis="y", length=0, labelcolor=sheet.theme.ink)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes.set_xlabel("L2 distance in parameter space (share of the base's length)")
-
-
-def _layers(models: Sequence[ModelDisplacement]) -> list[str]:
-    """Embeddings, layers by number, other top modules, the head last."""
-    found = {layer for m in models for layer in m.by_layer}
-    before = sorted(layer for layer in found if "emb" in layer and not layer.isdigit())
-    numbered = sorted((layer for layer in found if layer.isdigit()), key=int)
-    return [*before, *numbered, *sorted(found - set(before) - set(numbered), key=lambda layer: ("head" in layer, layer))]
-
-
-def _by_place(axes: Axes, sheet: Sheet, models: Sequence[ModelDisplacement], places: Sequence[str], field: str) -> None:
-    """A mark per model and place; a line runs through numbered layers, which have an order."""
-    few = len(models) * len(places) <= 160
-    room = max(1.0, len(places) / 15)  # names need more of it than numbers
-    gaps = [1.0 if a.isdigit() and b.isdigit() else room for a, b in pairwise(places)]
-    at = dict(zip(places, [sum(gaps[:i]) for i in range(len(places))], strict=True))
-    for i, m in enumerate(models):
-        values: dict[str, float] = getattr(m, field)
-        here = look(sheet.theme, m.model)
-        shift = 0.0 if field == "by_layer" else 0.7 * ((i + 0.5) / len(models) - 0.5)
-        ordered = [(at[p] + shift, values[p]) for p in places if p in values and p.isdigit()]
-        if ordered:
-            axes.plot(*np.array(ordered).T, here.dash, color=here.colour, linewidth=here.width)
-        loud = few or branch_number(m.model) is None
-        for p in places:
-            if p in values:
-                (mark,) = axes.plot(at[p] + shift, values[p], here.marker, color=here.colour,
-                                    markersize=here.size * (0.75 if few else 0.5) if loud or not p.isdigit() else 0,
-                                    zorder=2 + here.width)
-                tip(mark, f"{m.model}, {p}: {values[p]:.3f}")
-    step = -(-sum(p.isdigit() for p in places) // 14)
-    named = [p for p in places if not p.isdigit() or int(p) % step == 0]
-    axes.set_xticks([at[p] for p in named], [shorten(p, 14) for p in named])
-    for label, p in zip(axes.get_xticklabels(), named, strict=True):
-        if not p.isdigit():
-            label.set(rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(-0.6, max(at.values(), default=0.0) + 0.6)
 
 
 # ---- surface ---------------------------------------------------------------------------------------------------------

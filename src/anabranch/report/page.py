@@ -20,7 +20,7 @@ from anabranch.scores import PLACES, TIE
 
 MARKS = {"good": "✓", "bad": "✗", "mixed": "±", "unknown": "?"}
 JUDGED = {"good": "good", "bad": "bad", "none": "describes, does not judge"}
-TALL = 14  # a table with more rows scrolls inside its box
+TALL = 30  # a table with more rows scrolls inside its box, and says so
 # Even opened from an untrusted place, the file can load nothing and run nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
@@ -102,8 +102,8 @@ def _pair(plot: Markup, title: str, *notes: Markup) -> Markup:
 def _mixture(contents: Contents) -> list[Markup]:
     mixture = contents.mixture
     parts = [_lead("A unit is one dataset, or one task inside a dataset. A sample is one training row in one pass; "
-                   "tokens count prompts and responses, but the loss is taken on response tokens only. Held-out rows "
-                   "are kept from every stage but evaluation."),
+                   "tokens count prompts and responses, but the loss is taken on response tokens only. Samples, tokens and "
+                   "images are counted over all passes. Held-out rows are kept from every stage but evaluation."),
              html_table(tables.mixture_table(contents), tall=len(mixture.units) > TALL)]
     if mixture.transfer or mixture.retention:
         others = tables.other_units_table(contents)
@@ -175,9 +175,7 @@ def _conflict(contents: Contents) -> list[Markup]:
         _note("How much of all differences between units lies along each axis. A tall first bar: one quarrel dominates "
               "and a cut along it separates much. A flat row: no single cut does."),
         html_table(tables.spectral_table(contents)),
-        _note("The test compares how far a split along the axes drives branches apart (equation F.11, a lower bound) "
-              "with a random split (F.10). It says how far branches drift apart, not which arm wins: that has to be "
-              "measured.")))
+        _note(tables.G_VAR)))
     parts.append(_reliability(contents))
     return parts
 

@@ -12,6 +12,7 @@ from anabranch.artifacts import ArmRun, ArmSummary, Comparison, Exclusion, Opera
 from anabranch.report.contents import PLACE_WORDS, Contents
 from anabranch.report.verdict import difference, signed
 from anabranch.scores import PLACES, Place, macro_loss, mean_answer, token_loss
+from anabranch.stale import REMEDY
 
 RULES = {
     "empty_response": "empty response", "empty_prompt": "empty prompt", "over_long": "longer than max_length",
@@ -20,6 +21,15 @@ RULES = {
     "broken_image": "image broken", "huge_image": "image too large to open", "animated_image": "image animated",
 }
 NONE = "–"
+G_VAR = ("G_var is the branches' spread: half their mean squared distance from their average after one gradient step of size "
+         "1. Along the axes it is at least as large as shown (equation F.11, a lower bound); of a random split, it is what is "
+         "expected (F.10). It says how far branches drift apart, not which arm wins: that has to be measured.")
+HINTS = {
+    "samples": "training rows times passes", "p over seeds": "one-sided signed-rank test over seeds that the arm beats joint",
+    "token-weighted": "mean over response tokens: large units have the larger say",
+    "share of joint's step": "how far back joint was pulled: 1 is joint, 0 the base",
+    "won / tied / lost": "units with a lower, an equal and a higher loss",
+}
 
 
 @dataclass(frozen=True)
@@ -107,9 +117,8 @@ def spectral_table(contents: Contents) -> Table:
     assert contents.conflict is not None
     rows = [[f"{t.axes} → {2 ** t.axes} groups", f"{t.random_gain:.3g}", f"{t.pca_bound:.3g}", f"{t.ratio:.2f}",
              "yes" if t.above_random else "not assured"] for t in contents.conflict.spectral_tests]
-    return Table("Spectral test: how far branches drift apart, not which arm wins",
-                 ["axes", "random split, expected", "split along the axes, at least", "ratio",
-                  "farther than random?"], rows)
+    return Table("Spectral test (G_var): how far branches drift apart",
+                 ["axes", "random split", "along the axes", "ratio", "farther than random?"], rows)
 
 
 def typical_units(contents: Contents, group: int, count: int = 3) -> list[str]:
@@ -156,7 +165,8 @@ def evaluation_table(contents: Contents, place: str) -> Table:
                      f"{against.wins} / {against.ties} / {against.losses}" if against else NONE,
                      number(mean_answer(scores, "exact_match")), number(mean_answer(scores, "f1"))])
     units = max((len(getattr(e, place)) for e in contents.evaluations.values()), default=0)
-    return Table(f"{PLACE_WORDS[place].capitalize()} ({units} unit{'' if units == 1 else 's'})",
+    scored = max((sum(s.rows for s in getattr(e, place).values()) for e in contents.evaluations.values()), default=0)
+    return Table(f"{PLACE_WORDS[place].capitalize()} ({units} unit{'' if units == 1 else 's'}, {scored:,} rows)",
                  ["model", "loss", "token-weighted", "against base", "95 % interval", "won / tied / lost",
                   "exact match", "F1"], rows)
 
@@ -171,15 +181,18 @@ def worst_table(contents: Contents, count: int = 6) -> Table | None:
     base, merged = contents.evaluations.get("base"), contents.evaluations.get("merged")
     if base is None or merged is None:
         return None
-    rows = []
+    rows, cut = [], []
     for place in PLACES:
         if (d := difference(merged, base, place)) is None:
             continue
+        if d.losses > count:
+            cut.append(f"the first {count} of {d.losses} on {PLACE_WORDS[place]}")
         for unit, value in d.worst(count):
             before, after = getattr(base, place)[unit].loss, getattr(merged, place)[unit].loss
             rows.append([unit, PLACE_WORDS[place], number(before), number(after), signed(value)])
     headers = ["unit", "place", "base", "merged", "difference"]
-    return Table("Units that got worse than the base, worst first at each place", headers, rows, 2)
+    shown = f" ({', '.join(cut)})" if cut else ""
+    return Table(f"Units that got worse than the base, worst first at each place{shown}", headers, rows, 2)
 
 
 def unit_table(contents: Contents) -> Table | None:
@@ -243,7 +256,10 @@ def place_table(comparison: Comparison, place: str) -> Table:
 
     headers = ["arm", "loss", "95 % against joint", "token-weighted", "against joint", "won / tied / lost", "p over seeds",
                "loss by seed", "exact match", "F1"]
-    return Table(PLACE_WORDS[place].capitalize(), headers, [row(s) for s in comparison.summary if s.place == place])
+    rows = [s for s in comparison.summary if s.place == place]
+    units = max((s.wins + s.ties + s.losses for s in rows), default=0)
+    caption = PLACE_WORDS[place].capitalize() + (f" ({units} unit{'' if units == 1 else 's'})" if units else "")
+    return Table(caption, headers, [row(s) for s in rows])
 
 
 def operators_table(operators: Operators, place: Place) -> Table:
@@ -266,7 +282,8 @@ def not_done(contents: Contents) -> list[str]:
     lines = []
     if contents.outdated:
         lines.append("Left out, as made of another mixture, gradients, conflict, plan, base, branch or merged model "
-                     f"than this folder now holds: {', '.join(contents.outdated)}. The same command makes them anew.")
+                     f"than this folder now holds: {', '.join(contents.outdated)}. "
+                     + (REMEDY if contents.stale else "The same command makes them anew."))
     if contents.comparison is not None and contents.plan is None:
         return lines if contents.conflict else [*lines, "Conflict: not measured yet."]
     if contents.conflict is None:
