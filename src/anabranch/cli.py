@@ -161,17 +161,17 @@ def run(
     place = None if store is None else store if ":" in store.split("/")[0] else str(Path(store).absolute())
     given = {"launch.launcher": launcher, "launch.store": place}
     loaded = _recipe(recipe, [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value)])
+    first, last = _stage(start, "--from"), _stage(until, "--until") or "report"
     if dry_run:
         from anabranch.forecast import forecast
 
-        for line in forecast(loaded, progress=_progress()):
+        for line in forecast(loaded, start=first, until=last, progress=_progress()):
             _tell(line)
         return
     from anabranch.distribute import run_anywhere
     from anabranch.run import open_run
 
-    first, last = _stage(start, "--from"), _stage(until, "--until")
-    run_anywhere(open_run(loaded, tell=_tell, progress=_progress()), start=first, until=last or "report")
+    run_anywhere(open_run(loaded, tell=_tell, progress=_progress()), start=first, until=last)
 
 
 @app.command()

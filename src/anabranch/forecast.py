@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import math
 import signal
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,21 +23,23 @@ from anabranch.branches import train_settings
 from anabranch.containers import SUFFIXES, ZIP
 from anabranch.distribute import check_launch, goes_through_store, store_url
 from anabranch.engine.checkpoint import Checkpoint
-from anabranch.errors import AnabranchError, RecipeError
+from anabranch.errors import AnabranchError, PlanError, RecipeError
 from anabranch.families import adapter_arguments, describe_frozen, skeleton
 from anabranch.jobs import job_table
+from anabranch.left_out import Notes, column_lines, left_out_lines, unit_lines, warning_lines
 from anabranch.mixture import build_mixture
+from anabranch.mixture_summary import number_of
 from anabranch.model import load_tokenizer, resolve_model, select_trainable
-from anabranch.recipe import Recipe, Source
+from anabranch.plan import load_plan
+from anabranch.recipe import Recipe
 from anabranch.rows import Rows, load_unit
-from anabranch.run import check_ahead, check_groups
+from anabranch.run import STAGES, check_ahead, check_groups
+from anabranch.sources import is_hub_id
 from anabranch.training_cost import SHARE, ModelSize, device_lines, memory, operations, size_of
 from anabranch.vision import Vision, load_vision
 
 Progress = Callable[[str, str, int, int], None]
-
-
-BY_CHOICE = ("max_samples", "max_tokens")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Dry:
     pictured: at most of images in one."""
 
     mixture: Mixture
+    notes: Notes
     size: int
     longest: int
     pictured: int
@@ -74,38 +78,46 @@ class Dry:
         return sum(u.image_tokens for u in self.mixture.units)
 
 
-def forecast(recipe: Recipe, *, progress: Progress = lambda *_: None) -> list[str]:
+def forecast(recipe: Recipe, *, start: str | None = None, until: str = STAGES[-1],
+             progress: Progress = lambda *_: None) -> list[str]:
     """Lines for a person. A local base and local data are read, and told exactly; nothing is downloaded or kept.
 
+    Args:
+        start, until: as `run_stages` is given them: whether a plan that lies there already is to be kept.
     Raises:
         RecipeError: every problem found, in one message.
     """
     problems: list[str] = []
-    for check in (check_ahead, _check_sources, *((check_launch,) if goes_through_store(recipe) else ())):
-        try:
-            check(recipe)
-        except AnabranchError as error:
-            problems.append(str(error))
+    for check in (check_ahead, *((check_launch,) if goes_through_store(recipe) else ())):
+        _tried(problems, functools.partial(check, recipe))
     lines: list[str] = []
     dry, base = None, None
     if Path(recipe.model.path).is_dir() or Path(recipe.model.path).is_absolute():
-        try:
-            folder = resolve_model(recipe.model)
-            base, lines = _base(recipe, folder)
-        except AnabranchError as error:
-            problems.append(str(error))
-        else:
-            try:
-                dry = None if problems else _dry_mixture(recipe, folder, progress)
-            except AnabranchError as error:
-                problems.append(str(error))
+        folder = _tried(problems, lambda: resolve_model(recipe.model))
+        if folder is not None:
+            base, lines = _tried(problems, lambda: _base(recipe, folder)) or (None, [])
+            dry = _tried(problems, lambda: _dry_mixture(recipe, folder, progress))
+        plan, split = recipe.output / "plan.json", STAGES.index("split")
+        if dry is not None and plan.exists() and STAGES.index(until) >= split and STAGES.index(start or STAGES[-1]) > split:
+            _tried(problems, lambda: load_plan(plan, dry.mixture))
     else:
         lines.append(f"model      {recipe.model.path}"
                      f"{'@' + recipe.model.revision if recipe.model.revision else ''}: from the Hub (safetensors and text "
                      "files only); its size, and exact token counts, are known once it is here")
+    if missing := [path for path in _paths(recipe) if _missing(path) and not any(path in problem for problem in problems)]:
+        problems.append("no such data: " + ", ".join(missing))
     if problems:
-        raise RecipeError.of("dry run: the recipe has problems:", problems)
+        raise RecipeError.of("dry run: the recipe has problems:", list(dict.fromkeys(problems)))
     return [*lines, *_mixture_lines(recipe, dry), *_stage_lines(recipe, dry, base)]
+
+
+def _tried(problems: list[str], make: Callable[[], T]) -> T | None:
+    """What is made; None where it cannot be, which is then among the problems."""
+    try:
+        return make()
+    except AnabranchError as error:
+        problems.append(str(error).replace("\n", "\n  "))
+        return None
 
 
 def _base(recipe: Recipe, folder: Path) -> tuple[Base, list[str]]:
@@ -125,17 +137,15 @@ def _base(recipe: Recipe, folder: Path) -> tuple[Base, list[str]]:
     return Base(entries, sum(i.numel * width if width else i.size for i in infos.values()), size), lines
 
 
-def _sources(recipe: Recipe) -> list[Source]:
-    """Of all three places."""
+def _paths(recipe: Recipe) -> list[str]:
+    """Of the sources at all three places."""
     retention = recipe.evaluate.retention if isinstance(recipe.evaluate.retention, list) else []
-    return [*recipe.mixture.sources, *recipe.evaluate.transfer, *retention]
+    return [s.path for s in (*recipe.mixture.sources, *recipe.evaluate.transfer, *retention)]
 
 
-def _check_sources(recipe: Recipe) -> None:
-    local = [s.path for s in _sources(recipe) if Path(s.path).is_absolute() or s.path.endswith((*SUFFIXES, ZIP))]
-    missing = [path for path in local if not (glob.glob(path) or Path(path).exists())]
-    if missing:
-        raise RecipeError("no such data: " + ", ".join(missing))
+def _missing(path: str) -> bool:
+    here = Path(path).is_absolute() or path.endswith((*SUFFIXES, ZIP))
+    return here and not (glob.glob(path) or Path(path).exists())
 
 
 def _dry_mixture(recipe: Recipe, base: Path, progress: Progress) -> Dry | None:
@@ -143,21 +153,22 @@ def _dry_mixture(recipe: Recipe, base: Path, progress: Progress) -> Dry | None:
 
     The images of one unit lie there at a time: a mixture may have more of them than a temporary folder has room for.
     """
-    if not all(Path(s.path).is_absolute() for s in _sources(recipe)):
+    if any(not Path(path).is_absolute() and is_hub_id(path) for path in _paths(recipe)):
         return None
     trust = recipe.model.trust_remote_code
     tokenizer, vision = load_tokenizer(base, trust_remote_code=trust), load_vision(base, trust_remote_code=trust)
     with _stopped_by_exception(), tempfile.TemporaryDirectory() as folder:
-        out, sizes = Path(folder), list[int]()
+        out, sizes, notes = Path(folder), list[int](), Notes()
 
         def drop(images: Path) -> None:
             sizes.append(images.stat().st_size)
             images.unlink()
 
         mixture = build_mixture(recipe, tokenizer, out, vision=vision, base_hash="dry run",
-                                progress=lambda *a: progress("mixture", *a), on_images=drop)
+                                progress=lambda *a: progress("mixture", *a), on_images=drop,
+                                on_source=lambda source: progress("mixture", f"reading {source}", 0, 1), notes=notes)
         units = [load_unit(out / unit.file, "train") for unit in mixture.units]
-        return Dry(mixture, sum(sizes) + sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
+        return Dry(mixture, notes, sum(sizes) + sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
                    max(int(rows.lengths.max()) for rows in units),
                    max((_most_of_images(rows, vision) for rows in units if rows.images is not None), default=0))
 
@@ -187,24 +198,15 @@ def _mixture_lines(recipe: Recipe, dry: Dry | None) -> list[str]:
                 for s in recipe.mixture.sources]
     mixture = dry.mixture
     shown = f" ({dry.image_tokens:,} of images)" if mixture.vision is not None else ""
-    lines = [f"mixture    {len(mixture.units)} units, {sum(u.samples for u in mixture.units):,} samples, "
+    lines = [*warning_lines(mixture),
+             f"mixture    {number_of(len(mixture.units), 'unit')}, {sum(u.samples for u in mixture.units):,} samples, "
              f"{mixture.tokens:,} tokens{shown}; {sum(u.held_out_rows for u in mixture.units):,} held-out rows; "
-             f"{len(mixture.transfer)} transfer units, {len(mixture.retention)} retention units", *_image_lines(mixture)]
+             f"{len(mixture.transfer)} transfer units, {len(mixture.retention)} retention units",
+             *(f"           {line}" for line in unit_lines(mixture, dry.notes)), *_image_lines(mixture)]
     if mixture.vision is not None and mixture.chat_template == "plain" and recipe.mixture.chat_template == "auto":
         lines.append("           chat template: plain, as the base has none (chat_template.jinja beside its config)")
-    return lines + _left_out(mixture)
-
-
-def _left_out(mixture: Mixture) -> list[str]:
-    """A line for each rule: how many rows, of which units, and the first, where nobody chose to leave it out."""
-    lines = []
-    for rule in sorted({e.rule for e in mixture.excluded}):
-        lost = [e for e in mixture.excluded if e.rule == rule]
-        rows, units = sum(e.rows for e in lost), sorted({e.unit for e in lost})
-        more = f" and {len(units) - 4} more units" if len(units) > 4 else ""
-        example = f", such as {lost[0].example}" if lost[0].example and rule not in BY_CHOICE else ""
-        lines.append(f"           left out by rule {rule}: {rows:,} rows of {', '.join(units[:4])}{more}{example}")
-    return lines
+    lines += [f"columns    {line}" for line in column_lines(dry.notes)]
+    return lines + [f"           {line}" for line in left_out_lines(mixture, dry.notes)]
 
 
 def _image_lines(mixture: Mixture) -> list[str]:
@@ -238,13 +240,24 @@ def _stage_lines(recipe: Recipe, dry: Dry | None, base: Base | None) -> list[str
         least, most = (math.ceil(samples * share / batch) for share in (min(shares), max(shares)))
         steps = f", about {most:,} steps each" if least == most else f", about {least:,} to {most:,} steps"
         if split.method != "soup":
-            check_groups(len(dry.mixture.units), {f"split.groups ({split.method})": count})
-    lines.append(f"train      {count} branches, {recipe.launch.max_parallel} at a time, {batch} rows a step{steps}; "
+            _check_groups(dry, {f"split.groups ({split.method})": count})
+    many = "1 branch" if count == 1 else f"{count} branches"
+    lines.append(f"train      {many}, {recipe.launch.max_parallel} at a time, {batch} rows a step{steps}; "
                  f"learning rate {settings['learning_rate']}")
     if base is not None:
         lines += [*_work_lines(recipe, dry, base, shares), *_disk_lines(recipe, dry, base, count)]
     return [*lines, *_store_lines(recipe, dry, count, base), f"output     {recipe.output}",
             "Nothing was written. Without --dry-run the same command starts."]
+
+
+def _check_groups(dry: Dry, arms: dict[str, int]) -> None:
+    """As `check_groups`; where units may be missing because of what was left out, that is told with it."""
+    try:
+        check_groups(len(dry.mixture.units), arms)
+    except PlanError as error:
+        left_out = [*warning_lines(dry.mixture), *left_out_lines(dry.mixture, dry.notes, chosen=False)]
+        told = "\n".join(["", "What was left out of the mixture:", *left_out]).replace("\n", "\n  ") if left_out else ""
+        raise PlanError(f"{error}{told}") from error
 
 
 def _shares(recipe: Recipe, count: int) -> list[float]:

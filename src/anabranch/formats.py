@@ -9,13 +9,14 @@ message as one character, IMAGE; where it comes from is told beside the messages
     a column, and none of these            all of them, before the text of the first user turn (as TRL does)
 
 For a language model `<image>` is text like any other; for one that sees, a row with it and without images is malformed.
-Nothing is trimmed, mended or guessed.
+Nothing is trimmed, mended or guessed. A row that shows no image, and has what looks like one in a column that no format knows,
+is malformed for a model that sees: the column's name goes under `columns`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from anabranch.errors import MixtureError
@@ -32,6 +33,9 @@ IMAGE_COLUMNS = ("images", "image")
 COLUMNS = ("prompt", "completion", "instruction", "input", "output", "messages", "conversations", "text", *IMAGE_COLUMNS)
 ACCEPTED = ("prompt + completion (or response), instruction + output (+ input), messages, conversations; or text "
             "with `format: text`")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+IMAGE_MAGIC = re.compile(rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|II\*\0|MM\0\*|BM....\0\0\0\0|P[36]\s", re.DOTALL)
+PATH_CHARACTERS = 1024  # a longer text that ends as an image's name does is a text
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
          "model": "assistant", "system": "system", "tool": "tool", "function": "tool", "observation": "tool"}
 
@@ -222,6 +226,44 @@ def _string(value: Any, column: str, shown: _Shown) -> str:
         raise Malformed(f"`{column}` holds half a surrogate pair, which is no text")
     shown.strange = shown.strange or IMAGE in value
     return value
+
+
+def unused_columns(columns: Iterable[str], form: str, ours: Iterable[str]) -> set[str]:
+    """Those that rows of this format say nothing by. `ours`: further ones that the recipe names."""
+    used = {*FORMATS[form], *IMAGE_COLUMNS, *ours}
+    used |= {"alpaca": {"input"}, "prompt_completion": {"response"}}.get(form, set())
+    return set(columns) - used
+
+
+def refuse_misnamed_image(row: Mapping[str, Any], ours: Iterable[str], start_of: Callable[[Any], bytes]) -> None:
+    """Of a row that shows no image: one must not train as text because its column has another name.
+
+    Args:
+        ours: columns that the recipe names.
+        start_of: the first bytes of an image that was taken out of the row; b'' for anything else.
+    Raises:
+        Malformed: what looks like an image stands in a column that no format knows.
+    """
+    known = {*COLUMNS, "response", *ours}
+    for name, value in row.items():
+        if name not in known and _like_an_image(value, start_of):
+            raise Malformed(f"`{name}` holds what looks like an image, and the row shows none. Its images are looked for in "
+                            f"`images` or `image`; another name goes under `columns`, as in columns: {{images: {name}}}. If it "
+                            "is none, take the column out")
+
+
+def _like_an_image(value: Any, start_of: Callable[[Any], bytes]) -> bool:
+    """A path or URL that ends as an image's does, bytes that begin so, a data URI; Hugging Face's {bytes, path}, or a list."""
+    if isinstance(value, list):
+        given = [v for v in value if not _absent(v)]
+        return bool(given) and all(not isinstance(v, list) and _like_an_image(v, start_of) for v in given)
+    if isinstance(value, dict):
+        return any(_like_an_image(value.get(key), start_of) for key in ("bytes", "path", "url") if value.get(key))
+    if isinstance(value, str):
+        path = value[:PATH_CHARACTERS + 1].partition("?")[0].lower() if "://" in value[:16] else value.lower()
+        return value.startswith("data:image/") or (len(value) <= PATH_CHARACTERS and "\n" not in value
+                                                   and path.endswith(IMAGE_SUFFIXES))
+    return bool(IMAGE_MAGIC.match(bytes(value[:16]) if isinstance(value, bytes) else start_of(value)))
 
 
 def encodable(text: str) -> bool:

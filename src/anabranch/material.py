@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from anabranch.artifacts import Exclusion
 from anabranch.errors import MixtureError
+from anabranch.mixture_summary import nothing_usable
 from anabranch.pictures import Pictures
 from anabranch.recipe import Recipe, Source
 from anabranch.sources import IMAGE, Located, Rejected, Row, Split, UnitRows, is_hub_id, label_of, locate, read_source
@@ -39,6 +40,7 @@ class Material:
     transfer: dict[str, UnitRows] = field(default_factory=dict)
     retention: dict[str, UnitRows] = field(default_factory=dict)
     stray: list[Exclusion] = field(default_factory=list)
+    names: list[tuple[Entry, list[str]]] = field(default_factory=list)  # the units of each source
 
     def at(self, place: Place) -> dict[str, UnitRows]:
         return {"units": self.units, "transfer": self.transfer, "retention": self.retention}[place]
@@ -77,8 +79,8 @@ def settings_of(recipe: Recipe) -> Any:
     return {"making": MAKING, "mixture": section, "sources": sources, "held_out_prompts": prompts, "seed": recipe.seed}
 
 
-def locate_all(recipe: Recipe) -> list[Entry]:
-    """Where all sources lie. Raises MixtureError with every source that is not there."""
+def locate_all(recipe: Recipe) -> tuple[list[Entry], list[str]]:
+    """Where all sources lie, and what is wrong with each that is not there."""
     entries, problems = [], []
     folder = recipe.output.parent
     for place, where, source in sources_of(recipe):
@@ -92,27 +94,38 @@ def locate_all(recipe: Recipe) -> list[Entry]:
             entries.append(Entry(place, where, source, _label(source.path, recipe), rows, held_out))
         except MixtureError as error:
             problems.append(f"{where}: {error}")
-    if problems:
-        raise MixtureError.of("the mixture cannot be read:", problems)
-    return entries
+    return entries, problems
 
 
-def read_all(recipe: Recipe, entries: list[Entry], pictures: Pictures | None, keys: list[str]) -> Material:
-    """All rows. `keys`: under which `pictures` remembers the image files of each entry.
+def read_all(recipe: Recipe, entries: list[Entry], pictures: Pictures | None, keys: list[str], *, missing: Sequence[str] = (),
+             on_source: Callable[[str], None] = lambda _: None) -> Material:
+    """All rows.
 
+    Args:
+        keys: under which `pictures` remembers the image files of each entry.
+        missing: what is wrong with sources that are not among the entries.
+        on_source: told each source before it is read.
     Raises:
-        MixtureError: with every source that cannot be read and every name that stands twice.
+        MixtureError: with every source that cannot be read, or of which no row is usable, and every name that stands twice.
     """
-    material, problems = Material(), []
+    material, problems = Material(), list(missing)
     taken: dict[tuple[bool, str], str] = {}
     for entry, key in zip(entries, keys, strict=True):
+        on_source(entry.label)
         try:
             with pictures.reading(key) if pictures is not None else contextlib.nullcontext():
                 units, stray = _read_entry(entry, recipe, pictures)
         except MixtureError as error:
             problems.append(f"{entry.where}: {error}")
             continue
-        material.stray += count(entry.label, stray)
+        strays = count(entry.label, stray)
+        material.stray += strays
+        material.names.append((entry, list(units)))
+        side: Split = "train" if entry.place == "units" else "held_out"
+        if not any(unit.side(side) for unit in units.values()):
+            lost = strays + [e for name, unit in units.items() for e in count(name, unit.rejected)]
+            if why := nothing_usable(entry.source, [e for e in lost if e.split == side]):
+                problems.append(f"{entry.where} ({entry.label}): {why}")
         for name, unit in units.items():
             scope = (entry.place == "retention", name)
             if scope in taken:

@@ -35,16 +35,18 @@ from typing import Any
 
 import numpy as np
 
-from anabranch.artifacts import AuditRow, Exclusion, Mixture, Unit, digest, file_digest, write_atomically
-from anabranch.errors import CorruptedError, MixtureError, OutputError
+from anabranch.artifacts import AuditRow, Exclusion, Mixture, Unit, digest, write_atomically
+from anabranch.errors import MixtureError, OutputError
+from anabranch.left_out import Notes
 from anabranch.material import MAKING, PLACES, Entry, Material, Place, count, locate_all, prompts_alone, read_all, settings_of
-from anabranch.mixture_summary import UnitImages, audit_row, exclusion_lines, look_back, summary
+from anabranch.mixture_folder import finished, sweep, whole_unit
+from anabranch.mixture_summary import UnitImages, audit_row, exclusion_lines, look_back, nothing_usable, summary
 from anabranch.pictures import Pictures
 from anabranch.recipe import Recipe
 from anabranch.rows import Rows, budget_indices, generator, images_file, save_unit
 from anabranch.sources import Rejected, Row, Split, UnitRows
 from anabranch.templates import Encoded, Template, choose_template, encode_rows, render, tokenizer_hash
-from anabranch.unit_images import Eye, Look, Stored, check_row, passing_folder, store, whole
+from anabranch.unit_images import Eye, Look, Stored, check_row, passing_folder, store
 from anabranch.vision import Vision
 
 Progress = Callable[[str, int, int], None]
@@ -54,7 +56,8 @@ BATCH = 256  # rows that are tokenised at a time; has no say in the result
 
 
 def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str, vision: Vision | None = None,
-                  progress: Progress | None = None, on_images: Callable[[Path], None] | None = None) -> Mixture:
+                  progress: Progress | None = None, on_images: Callable[[Path], None] | None = None,
+                  on_source: Callable[[str], None] = lambda _: None, notes: Notes | None = None) -> Mixture:
     """Read, check, tokenise and save the mixture; what is unchanged since the last time is not made again.
 
     Args:
@@ -65,21 +68,25 @@ def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str, 
         vision: of a vision-language model; None: a language model, for which no row may show an image.
         progress: told (unit, done, total).
         on_images: told each file of images once its unit is saved; it may take the file away, as nothing here reads it again.
+        on_source: told each source before it is read.
+        notes: filled in with what the mixture does not keep, of units that are made now.
     Raises:
-        MixtureError: every source that cannot be read, in one message; units of one name; a template that gives no
-            response mask; images outside of their root, or for a language model; no unit left (with the table of what was
-            left out).
+        MixtureError: every source that cannot be read, or of which every row is malformed or its image unusable, in one
+            message; units of one name; a template that gives no response mask; images outside of their root, or for a
+            language model; no unit left (with the table of what was left out).
         ModelError: a processor that makes other tokens of a row than were made here.
     """
     template = choose_template(recipe.mixture.chat_template, tokenizer, vision)
-    entries = locate_all(recipe)
+    entries, missing = locate_all(recipe)
     pictures = Pictures(recipe.output.parent, out) if vision is not None else None
     keys: list[str] | None = None
     try:
+        if missing:  # what else is wrong is told with it
+            read_all(recipe, entries, pictures, [e.where for e in entries], missing=missing, on_source=on_source)
         content = [[e.where, e.rows.digest(), e.held_out.digest() if e.held_out else None] for e in entries]
         named = [digest([*c, e.source.model_dump(mode="json")]) for c, e in zip(content, entries, strict=True)]
         mixture = _build(recipe, tokenizer, out, base_hash, template, entries, content, named, vision, pictures,
-                         progress or (lambda *_: None), on_images)
+                         progress or (lambda *_: None), on_images, on_source, notes)
         keys = named
         return mixture
     finally:
@@ -91,11 +98,12 @@ def build_mixture(recipe: Recipe, tokenizer: Any, out: Path, *, base_hash: str, 
 
 def _build(recipe: Recipe, tokenizer: Any, out: Path, base_hash: str, template: Template, entries: list[Entry],
            content: list[list[str | None]], keys: list[str], vision: Vision | None, pictures: Pictures | None,
-           progress: Progress, on_images: Callable[[Path], None] | None) -> Mixture:
+           progress: Progress, on_images: Callable[[Path], None] | None, on_source: Callable[[str], None],
+           notes: Notes | None) -> Mixture:
     """`content`: of each entry its place and the hashes of its rows; `keys`: its name for `pictures`."""
     material = None
     if pictures is not None and not all(pictures.knows(key) for key in keys):  # which images belong to them, the rows tell
-        material = read_all(recipe, entries, pictures, keys)
+        material = read_all(recipe, entries, pictures, keys, on_source=on_source)
     if pictures is not None:
         content = [c + ([images] if images else []) for c, key in zip(content, keys, strict=True)
                    for images in [pictures.digest(key)]]
@@ -103,16 +111,19 @@ def _build(recipe: Recipe, tokenizer: Any, out: Path, base_hash: str, template: 
                  "sources": digest(content), "settings": digest(settings_of(recipe))}
     if vision is not None:
         made_from["vision"] = vision.hash
-    finished = _finished(out, made_from, pictures)
-    if finished is not None:
-        return finished
-    material = material or read_all(recipe, entries, pictures, keys)
+    known = finished(out, made_from, pictures)
+    if known is not None:
+        return known
+    material = material or read_all(recipe, entries, pictures, keys, on_source=on_source)
+    if notes is not None:
+        notes.read(material)
     if vision is not None and recipe.mixture.images.max_pixels is not None:
         vision.check_cap(recipe.mixture.images.max_pixels)
     eye = Eye(vision, pictures, recipe.mixture.images.max_pixels) if vision is not None and pictures is not None else None
     making = _Making(recipe, tokenizer, template, made_from, out,
-                     frozenset(row.key for unit in material.units.values() for row in unit.train), eye, on_images)
+                     frozenset(row.key for unit in material.units.values() for row in unit.train), eye, on_images, notes)
     built = _build_all(making, material, progress)
+    _refuse_unusable(material, built)
     units, transfer, retention = ([b.unit for b in built[place] if b.unit] for place in PLACES)
     excluded = _sorted(material.stray + [e for place in built.values() for b in place for e in b.excluded])
     if not units:
@@ -125,7 +136,7 @@ def _build(recipe: Recipe, tokenizer: Any, out: Path, base_hash: str, template: 
         max_length=recipe.mixture.max_length, chat_template=template.kind, made_from=made_from,
         vision=summary(out, shown, vision, recipe.mixture.images.max_pixels) if vision is not None and shown else None,
         audit=[b.images.audit for b in built["units"] if b.unit and b.images and b.images.audit])
-    _sweep(out, [u for place in (units, transfer, retention) for u in place], {b.stem for p in built.values() for b in p})
+    sweep(out, [u for place in (units, transfer, retention) for u in place], {b.stem for p in built.values() for b in p})
     mixture.save(out / "mixture.json")
     return mixture
 
@@ -142,10 +153,11 @@ def held_out_rows(recipe: Recipe, tokenizer: Any, *, vision: Vision | None = Non
         MixtureError: as `build_mixture`; no usable row at all.
     """
     template = choose_template(recipe.mixture.chat_template, tokenizer, vision)
-    entries = [e for e in locate_all(recipe) if e.place == "transfer"]
+    entries, missing = locate_all(recipe)
+    entries = [e for e in entries if e.place == "transfer"]
     pictures = Pictures(recipe.output.parent, None) if vision is not None else None
     try:
-        material = read_all(recipe, entries, pictures, [e.where for e in entries])
+        material = read_all(recipe, entries, pictures, [e.where for e in entries], missing=missing)
         eye = Eye(vision, pictures, recipe.mixture.images.max_pixels) if vision is not None and pictures is not None else None
         making = _Making(recipe, tokenizer, template, {}, folder or Path(), frozenset(), eye)
         rows, excluded = {}, list(material.stray)
@@ -189,6 +201,7 @@ class _Making:
     training: frozenset[bytes]
     eye: Eye | None
     on_images: Callable[[Path], None] | None = None
+    notes: Notes | None = None
 
     def encode(self, rows: Sequence[Row], unit: str) -> list[tuple[Encoded | str, list[Look]] | tuple[str, str]]:
         """Each row as tokens (or why the template refuses it) with its images; or the rule by which an image leaves it out."""
@@ -222,6 +235,7 @@ class _Drawn:
 class _Built:
     """A unit's record (None: left out whole), what was left out, and which held-out rows were kept."""
 
+    name: str
     stem: str
     unit: Unit | None
     excluded: list[Exclusion]
@@ -245,7 +259,7 @@ def _build_all(making: _Making, material: Material, progress: Progress) -> dict[
         nonlocal done
         progress(unit.name, done, total)
         done += 1
-        built[place].append(_build_unit(making, place, unit))
+        built[place].append(_build_unit(making, place, unit, lambda rows: progress(f"{unit.name} ({rows})", done - 1, total)))
         return built[place][-1]
 
     for _, unit in sorted(material.units.items()):
@@ -262,7 +276,21 @@ def _build_all(making: _Making, material: Material, progress: Progress) -> dict[
     return built
 
 
-def _build_unit(making: _Making, place: Place, unit: UnitRows) -> _Built:
+def _refuse_unusable(material: Material, built: dict[str, list[_Built]]) -> None:
+    """Raises MixtureError with every source of which no row was left, where nobody chose so."""
+    made = {(place, b.name): b for place, units in built.items() for b in units}
+    problems = []
+    for entry, names in material.names:
+        units = [made[entry.place, name] for name in names]
+        lost = [e for b in units for e in b.excluded if e.split == ("train" if entry.place == "units" else "held_out")]
+        if not any(b.unit for b in units) and not any(e.rows for e in lost if e.rule == "too_few_samples"):
+            why = nothing_usable(entry.source, [e for e in lost if e.rule != "too_few_samples"])
+            problems += [f"{entry.where} ({entry.label}): {why}"] if why else []
+    if problems:
+        raise MixtureError.of("the mixture cannot be made:", problems)
+
+
+def _build_unit(making: _Making, place: Place, unit: UnitRows, tell: Callable[[str], None]) -> _Built:
     """From the cache if nothing changed, else tokenised and saved: the unit's file, then its record."""
     repeats = [Rejected("held_out", "duplicate_held_out", r.where, "also a training row") for r in unit.held_out
                if r.key in making.training]
@@ -275,7 +303,9 @@ def _build_unit(making: _Making, place: Place, unit: UnitRows) -> _Built:
     if cached is not None:
         return cached
     name = f"{unit.name} (retention)" if place == "retention" else unit.name
-    train, held_out = _draw(making, unit, "train"), _draw(making, unit, "held_out")
+    train, held_out = _draw(making, unit, "train", tell), _draw(making, unit, "held_out", tell)
+    if making.notes is not None:
+        making.notes.leave_out(name, unit.rejected + train.rejected + held_out.rejected)
     excluded = count(name, unit.rejected + train.rejected + held_out.rejected)
     record = _record(making, place, unit, stem, train, held_out)
     shortage = _shortage(making, place, unit, record)
@@ -289,7 +319,7 @@ def _build_unit(making: _Making, place: Place, unit: UnitRows) -> _Built:
     else:
         sha256, images = _save(making, unit, making.out / f"{stem}.safetensors", train, held_out)
         record = record.model_copy(update={"sha256": sha256})
-    built = _Built(stem, None if shortage else record, excluded, [unit.held_out[i] for i in kept], images)
+    built = _Built(unit.name, stem, None if shortage else record, excluded, [unit.held_out[i] for i in kept], images)
     content = {"key": key, "unit": built.unit.model_dump(mode="json") if built.unit else None,
                "excluded": [e.model_dump(mode="json") for e in built.excluded], "held_out": kept}
     if images is not None:
@@ -308,15 +338,16 @@ def _save(making: _Making, unit: UnitRows, path: Path, train: _Drawn, held_out: 
     audits = []
     sides: list[tuple[Split, _Drawn]] = [("train", train), ("held_out", held_out)]
     for split, drawn in sides:
-        number = next((i for i, looks in enumerate(drawn.looks) if looks), None)
-        if number is not None:
+        first = {len(looks): i for i, looks in reversed(list(enumerate(drawn.looks))) if looks}  # by number of images
+        for number in sorted(first.values()):
             row, encoded = unit.side(split)[drawn.kept[number]], drawn.encoded[number]
             rendered = render(making.template, making.tokenizer, row.messages)
             shown = rows[split].images_of([number])[0]
             if isinstance(rendered, tuple):
                 check_row(making.eye, rendered[0], shown, encoded.input_ids, unit.name)
-            audits.append((split, audit_row(making.tokenizer, unit.name, row.where, path, making.out, shown, encoded,
-                                            making.template.placeholder)))
+            if number == min(first.values()):
+                audits.append((split, audit_row(making.tokenizer, unit.name, row.where, path, making.out, shown, encoded,
+                                                making.template.placeholder)))
     if making.on_images is not None:
         making.on_images(images_file(path))
     return sha256, _images_of(making, unit, train, stored, next((a for split, a in audits if split == "train"), None))
@@ -359,16 +390,16 @@ def _cached(making: _Making, stem: str, key: str, unit: UnitRows) -> _Built | No
         if content["key"] != key:
             return None
         record = Unit.model_validate(content["unit"]) if content["unit"] else None
-        if record is not None and not _whole(out, record, making.eye.pictures if making.eye is not None else None):
+        if record is not None and not whole_unit(out, record, making.eye.pictures if making.eye is not None else None):
             return None
-        return _Built(stem, record, [Exclusion.model_validate(e) for e in content["excluded"]],
+        return _Built(unit.name, stem, record, [Exclusion.model_validate(e) for e in content["excluded"]],
                       [unit.held_out[i] for i in content["held_out"]],
                       UnitImages.model_validate(content["images"]) if "images" in content else None)
     except (OSError, ValueError, KeyError, TypeError, IndexError):  # never written, or not by us: made again
         return None
 
 
-def _draw(making: _Making, unit: UnitRows, split: Split) -> _Drawn:
+def _draw(making: _Making, unit: UnitRows, split: Split, tell: Callable[[str], None] = lambda _: None) -> _Drawn:
     """Tokenise rows in the order of the draw to the cap."""
     section, own, pool = making.recipe.mixture, unit.settings, unit.side(split)
     caps = (_Caps(own.max_samples or section.max_samples, own.max_tokens or section.max_tokens) if split == "train"
@@ -384,6 +415,8 @@ def _draw(making: _Making, unit: UnitRows, split: Split) -> _Drawn:
         if caps.rows is not None and len(kept) == caps.rows:
             full = "max_samples"
             break
+        if seen:
+            tell(f"row {seen:,} of {len(order):,}")
         wanted = BATCH if caps.rows is None else min(BATCH, max(16, caps.rows - len(kept)))
         batch = order[seen : seen + wanted]
         for i, made in zip(batch, making.encode([pool[i] for i in batch], unit.name), strict=True):
@@ -423,7 +456,7 @@ def _problem(making: _Making, made: tuple[Encoded | str, list[Look]] | tuple[str
             told[start:stop] = False
         if told.any():
             word = making.tokenizer.decode([int(row.input_ids[told.argmax()])])
-            return "malformed", f"its text holds {word}, which stands for an image in this model"
+            return "malformed", f"its text holds {word}, which stands for something else than text in this model"
     return None if row.response.any() else ("empty_response", "a single token: nothing to predict")
 
 
@@ -462,36 +495,3 @@ def _shortage(making: _Making, place: Place, unit: UnitRows, record: Unit) -> st
 
 def _sorted(excluded: list[Exclusion]) -> list[Exclusion]:
     return sorted(excluded, key=lambda e: (e.unit, RULES.index(e.rule), e.split != "train"))
-
-
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-
-def _finished(out: Path, made_from: dict[str, str], pictures: Pictures | None) -> Mixture | None:
-    """The mixture as it lies there, if it was made from just this and every file is whole."""
-    try:
-        mixture = Mixture.load(out / "mixture.json")
-        good = mixture.made_from == made_from and all(
-            _whole(out, u, pictures) for u in (*mixture.units, *mixture.transfer, *mixture.retention))
-    except (CorruptedError, OSError):  # not yet, or damaged: made again
-        return None
-    return mixture if good else None
-
-
-def _whole(out: Path, unit: Unit, pictures: Pictures | None) -> bool:
-    """Whether a unit's files are those that were written. Raises OSError."""
-    file = out / unit.file
-    if file_digest(file) != unit.sha256:
-        return False
-    return unit.images_file is None or pictures is None or pictures.whole(
-        f"{unit.images_file} {unit.sha256}", images_file(file), lambda: whole(file))
-
-
-def _sweep(out: Path, units: list[Unit], stems: set[str]) -> None:
-    """Remove files of units that the mixture no longer has, so that the folder is what mixture.json says."""
-    wanted = {f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".json")}
-    wanted |= {u.images_file for u in units if u.images_file}
-    for place in PLACES:
-        for path in (*(out / place).glob("*.safetensors"), *(out / place).glob("*.json")):
-            if f"{place}/{path.name}" not in wanted:
-                path.unlink(missing_ok=True)

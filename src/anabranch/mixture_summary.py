@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from anabranch.artifacts import AuditPart, AuditRow, Exclusion, Mixture, MixtureVision, Part, Unit
+from anabranch.recipe import Source
 from anabranch.rows import Rows, StoredImage, images_file, load_unit
 from anabranch.templates import Encoded
 from anabranch.unit_images import image_hashes, run_lengths
@@ -20,6 +21,7 @@ from anabranch.vision import Vision
 
 EXAMPLES, EXAMPLE_CHARACTERS = 8, 300
 UNWANTED = ("malformed", "missing_image", "broken_image", "huge_image", "animated_image")
+BY_CHOICE = ("max_samples", "max_tokens")
 AUDIT_CHARACTERS = 2000  # of a stretch of an audited row
 
 
@@ -103,15 +105,63 @@ def summary(out: Path, units: Sequence[tuple[Unit, UnitImages]], vision: Vision,
 # ---- in words ----------------------------------------------------------------------------------------------------------
 
 
+def number_of(count: int, what: str = "row") -> str:
+    """'1 row', '2,000 rows'."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def shortage(end: Exclusion) -> str:
+    """Why a unit is left out whole: in an artifact's words, less what those count badly."""
+    if not end.rows:
+        return "no row is usable"
+    return end.example.replace("1 training rows", "1 training row") if end.rows == 1 else end.example
+
+
+def lost_whole(excluded: Sequence[Exclusion]) -> dict[str, str]:
+    """Units without a usable row, where nobody chose to leave the rows out -> how many, by which rules, and the first."""
+    lost: dict[tuple[str, str], list[Exclusion]] = {}
+    for e in excluded:
+        if e.rule != "too_few_samples":
+            lost.setdefault((e.unit, e.split), []).append(e)
+    gone = {}
+    for end in excluded:
+        rows = lost.get((end.unit, end.split), [])
+        unwanted = [e for e in rows if e.rule in UNWANTED]
+        if end.rule == "too_few_samples" and not end.rows and unwanted and not any(e.rule in BY_CHOICE for e in rows):
+            total = sum(e.rows for e in rows)
+            rules = ", ".join(f"{e.rows:,} of {number_of(total)} {e.rule}" for e in rows)
+            gone[end.unit] = f"{rules}, such as {unwanted[0].example}"
+    return gone
+
+
+def nothing_usable(source: Source, lost: Sequence[Exclusion]) -> str:
+    """Of a source without a usable row: how it lost them, and what to do. '' where some are of a kind that data may well have
+    (empty, too long, not drawn): then it may go."""
+    if not lost or any(e.rule not in UNWANTED for e in lost):
+        return ""
+    total = sum(e.rows for e in lost)
+    rules = [rule for rule in UNWANTED if any(e.rule == rule for e in lost)]
+    told = [f"{sum(e.rows for e in lost if e.rule == rule):,} {rule}: {next(e.example for e in lost if e.rule == rule)}"
+            for rule in rules]
+    start = f"in its `images`, {source.images}" if source.images is not None else "where the rows lie"
+    remedies = {"missing_image": f"If the paths do not start {start}: set `images` to the folder or .zip where they do.",
+                "malformed": "Look at its `format` and `columns`."}
+    remedy = " ".join(dict.fromkeys(remedies.get(rule, "Mend the images.") for rule in rules))
+    return f"none of its {number_of(total)} is usable, {'; '.join(told)}. {remedy} Or take the source out of the recipe."
+
+
 def exclusion_lines(excluded: Sequence[Exclusion]) -> list[str]:
     """One line per rule, unit and side: how many rows, and the first of them."""
-    return [f"{e.unit} ({e.split}): {e.rows:,} {'row' if e.rows == 1 else 'rows'}, {e.rule}: {e.example}"
-            for e in excluded]
+    return [f"{e.unit} ({e.split}): the whole unit, {e.rule}: {shortage(e)}" if e.rule == "too_few_samples" else
+            f"{e.unit} ({e.split}): {number_of(e.rows)}, {e.rule}: {e.example}" for e in excluded]
 
 
 def unwanted_lines(mixture: Mixture, most: int = 5) -> list[str]:
-    """What is wrong with rows that nobody chose to leave out: a line for each rule and unit, the first few."""
-    lines = exclusion_lines([e for e in mixture.excluded if e.rule in UNWANTED])
+    """What is wrong with rows that nobody chose to leave out: units that are gone whole, then a line for each rule and unit;
+    the first few."""
+    gone = lost_whole(mixture.excluded)
+    lines = [f"unit {unit}, whole: {why}" for unit, why in gone.items()]
+    lines += exclusion_lines([e for e in mixture.excluded if e.rule in UNWANTED and e.unit not in gone])
     more = [f".. and {len(lines) - most} more (mixture/mixture.json, under `excluded`)"] if len(lines) > most else []
     return lines[:most] + more
 

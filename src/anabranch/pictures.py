@@ -138,6 +138,12 @@ class Pictures:
                     left, self._end = left[written:], self._end + written
         return self._kept[sha]
 
+    def start_of(self, value: Any) -> bytes:
+        """The first bytes of an image that was embedded in a row; b'' for anything else."""
+        if not isinstance(value, Picture) or not isinstance(value.place[0], int):
+            return b""
+        return os.pread(self._spool.fileno(), min(16, value.size), value.place[0])
+
     def temporary(self) -> IO[bytes]:
         """A file without a name, which is gone when it is closed or the process ends. Raises OSError."""
         if self.folder is not None:

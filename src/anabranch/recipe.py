@@ -115,9 +115,15 @@ class ImageSection(Section):
     @classmethod
     def _a_product(cls, value: Any) -> Any:
         if isinstance(value, str) and (sides := re.fullmatch(r"(\d{1,6}) ?[xX×] ?(\d{1,6})", value)):
-            return int(sides[1]) * int(sides[2])
+            area = int(sides[1]) * int(sides[2])
+            if area < 784:
+                raise ValueError(f"{area:,} pixels; at least 784 (28x28) are wanted")
+            return area
         if value is not None and type(value) is not int:
             raise ValueError("wanted a number of pixels, WIDTHxHEIGHT as in 784x784, or null")
+        if value is not None and value < 784:
+            meant = f"; sides are written {value}x{value}, which is {value * value:,}" if value >= 28 else ""
+            raise ValueError(f"a number is an area (width times height), and at least 784 (28x28) is wanted{meant}")
         return value
 
 

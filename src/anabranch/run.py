@@ -54,7 +54,7 @@ from anabranch.gradients import load_halves, measure_gradients
 from anabranch.launch.local import Job, run_jobs
 from anabranch.merge import method_named
 from anabranch.mixture import build_mixture
-from anabranch.mixture_summary import exclusion_lines, image_line, unwanted_lines
+from anabranch.mixture_summary import exclusion_lines, image_line, number_of, unwanted_lines
 from anabranch.model import keep_buffers, load_tokenizer, release_memory, resolve_model, select_trainable
 from anabranch.partition import partition, whole_shares
 from anabranch.plan import load_plan, make_plan, plan_inputs
@@ -189,7 +189,7 @@ def check_capacities(recipe: Recipe) -> None:
 def check_groups(units: int, arms: dict[str, int]) -> None:
     """Every group needs a unit. `arms`: name -> K. Raises PlanError."""
     if too_many := [f"{name} wants {count} groups" for name, count in arms.items() if count > units]:
-        raise PlanError(f"{', '.join(too_many)}, and the mixture has {units} units: every group needs one. Lower "
+        raise PlanError(f"{', '.join(too_many)}, and the mixture has {number_of(units, 'unit')}: every group needs one. Lower "
                         "`split.groups` (or the arm's number), or cut the sources into more units (`unit_column`).")
 
 
@@ -212,7 +212,7 @@ def mixture_stage(run: Run) -> Mixture:
     vision = load_vision(run.base, trust_remote_code=run.recipe.model.trust_remote_code)
     mixture = build_mixture(run.recipe, tokenizer, run.folder / "mixture", vision=vision, base_hash=run.base_hash,
                             progress=lambda *a: run.progress("mixture", *a))
-    run.tell(f"mixture: {len(mixture.units)} units, {sum(u.samples for u in mixture.units):,} samples, "
+    run.tell(f"mixture: {number_of(len(mixture.units), 'unit')}, {sum(u.samples for u in mixture.units):,} samples, "
              f"{mixture.tokens:,} tokens ({sum(u.response_tokens for u in mixture.units):,} of responses); "
              f"{sum(e.rows for e in mixture.excluded):,} rows left out by rule")
     if mixture.vision is not None:

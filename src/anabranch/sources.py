@@ -30,7 +30,16 @@ from anabranch.containers import read_rows as read_rows
 from anabranch.errors import MixtureError, closest
 from anabranch.formats import COLUMNS as COLUMNS
 from anabranch.formats import IMAGE as IMAGE
-from anabranch.formats import IMAGE_COLUMNS, Malformed, column_images, encodable, to_messages, unusable
+from anabranch.formats import (
+    IMAGE_COLUMNS,
+    Malformed,
+    column_images,
+    encodable,
+    refuse_misnamed_image,
+    to_messages,
+    unusable,
+    unused_columns,
+)
 from anabranch.formats import Messages as Messages
 from anabranch.formats import detect_format as detect_format
 from anabranch.images import BadImage
@@ -97,6 +106,7 @@ class UnitRows:
     train: list[Row] = field(default_factory=list)
     held_out: list[Row] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    unused: set[str] = field(default_factory=set)  # columns that its format says nothing by
 
     def side(self, split: Split) -> list[Row]:
         return self.train if split == "train" else self.held_out
@@ -140,6 +150,7 @@ def locate(path: str, source: Source, split: str, folder: Path) -> Located:
     here = Path(path)
     if here.is_dir():
         found = sorted(p for p in here.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+        _refuse_saved_to_disk(here)
         if not found:
             raise MixtureError(f"{path}: the folder has no {' '.join(SUFFIXES)} file. Name a file or a glob such as "
                                f"{here / '**' / '*.parquet'}.")
@@ -158,6 +169,15 @@ def locate(path: str, source: Source, split: str, folder: Path) -> Located:
         raise MixtureError(f"{path}: {', '.join(unknown[:5])}: not a kind of file that is read here. Wanted one of "
                            f"{' '.join(SUFFIXES)} {ZIP}.")
     return Located([(label_of(p, folder), p) for p in found])
+
+
+def _refuse_saved_to_disk(folder: Path) -> None:
+    """Raises MixtureError on a folder that datasets' save_to_disk wrote: its JSON files tell of rows, and hold none."""
+    several = (folder / "dataset_dict.json").is_file()
+    if several or ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
+        one = f"load_from_disk({str(folder)!r}){'[SPLIT]' if several else ''}"
+        raise MixtureError(f"{folder}: a {'DatasetDict' if several else 'Dataset'} as datasets' save_to_disk writes it, which "
+                           f"is not read here. In Python: datasets.{one}.to_parquet('rows.parquet'); then name that file.")
 
 
 def label_of(path: Path | str, folder: Path) -> str:
@@ -211,10 +231,10 @@ def read_source(located: Located, source: Source, label: str, *, form: str, spli
         MixtureError: every file that cannot be read; columns that fit no format; images outside of the image root; images
             for a language model.
     """
-    files = _rows_files(located)
+    files = _rows_files(located, source if pictures is not None else None)
     finders = {f.label: _Finder(pictures, _root(source, f)) for f in files} if pictures is not None else {}
     raw = _raw_rows(located, files, source, source.unit or only_unit, pictures)
-    forms = _forms(raw, source, label, form)
+    forms, unused = _forms(raw, source, label, form)
     units: dict[str, UnitRows] = {}
     stray: list[Rejected] = []
     for where, name, row in raw:
@@ -230,6 +250,7 @@ def read_source(located: Located, source: Source, label: str, *, form: str, spli
         unit = units.setdefault(name, UnitRows(name, label, found, source))
         if found not in unit.format.split("+"):
             unit.format += f"+{found}"
+        unit.unused |= unused[_file(where)]
         _place(unit, found, where, _mapped(row, source), split_of, finders.get(_file(where)))
     outside = [name for finder in finders.values() for name in finder.outside]
     if outside:
@@ -287,8 +308,13 @@ def _file(where: str) -> str:
     return where.rsplit(":", 1)[0]
 
 
-def _forms(raw: list[tuple[str, str, dict[str, Any]]], source: Source, label: str, form: str) -> dict[str, str]:
-    """File -> its format: files of one glob need not agree. Raises MixtureError with every file that fits none."""
+def _forms(raw: list[tuple[str, str, dict[str, Any]]], source: Source, label: str,
+           form: str) -> tuple[dict[str, str], dict[str, set[str]]]:
+    """File -> its format: files of one glob need not agree; and file -> the columns that this format does not use.
+
+    Raises:
+        MixtureError: with every file that fits none.
+    """
     try:
         _columns(raw, source)
         columns: dict[str, set[str]] = {}
@@ -296,7 +322,7 @@ def _forms(raw: list[tuple[str, str, dict[str, Any]]], source: Source, label: st
             columns.setdefault(_file(where), set()).update(row)
     except MixtureError as error:
         raise MixtureError(f"{label}: {error}") from error
-    forms, problems = {}, []
+    forms, problems = dict[str, str](), []
     for file, have in columns.items():
         ours = {ours for ours, theirs in source.columns.items() if theirs in have}
         try:
@@ -305,7 +331,12 @@ def _forms(raw: list[tuple[str, str, dict[str, Any]]], source: Source, label: st
             problems.append(f"{file}: {error}")
     if problems:
         raise MixtureError("\n  - ".join(problems))
-    return forms
+    return forms, {file: unused_columns(have, forms[file], _named(source)) for file, have in columns.items()}
+
+
+def _named(source: Source) -> set[str]:
+    """Columns of the file that the recipe speaks of."""
+    return {*source.columns.values(), *([source.unit_column] if source.unit_column else [])}
 
 
 def _place(unit: UnitRows, form: str, where: str, raw: Mapping[str, Any], split_of: Callable[[Row | None], Split],
@@ -314,6 +345,9 @@ def _place(unit: UnitRows, form: str, where: str, raw: Mapping[str, Any], split_
         messages, images = to_messages(raw, form, images=finder is not None)
         if images and finder is None:
             raise MixtureError(f"{where}: {TEXT_ONLY}")
+        mapped = unit.settings.columns.keys() & set(IMAGE_COLUMNS)
+        if finder and not (images or mapped or form == "text"):
+            refuse_misnamed_image(raw, _named(unit.settings), finder.pictures.start_of)
         row = Row(where, messages, tuple(finder.picture(image) for image in images) if finder else ())
     except Malformed as error:
         unit.rejected.append(Rejected(split_of(None), "malformed", where, str(error)))
@@ -341,11 +375,16 @@ class _RowsFile:
     member: str = ""
 
 
-def _rows_files(located: Located) -> list[_RowsFile]:
-    """Raises MixtureError with every zip that has none."""
-    if located.dataset is not None:
-        return [_RowsFile(located.name, None)]
+def _rows_files(located: Located, pictured: Source | None) -> list[_RowsFile]:
+    """Raises MixtureError with every zip that has none, and an image root that is none of the source, if it may show images."""
     files, problems = [], []
+    if pictured is not None and pictured.images is not None:
+        try:
+            root_of(Path(pictured.images))
+        except MixtureError as error:
+            problems.append(str(error))
+    if located.dataset is not None:
+        files.append(_RowsFile(located.name, None))
     for label, path in located.files:
         try:
             inside = members(path) if path.name.endswith(ZIP) else [""]

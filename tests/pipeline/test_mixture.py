@@ -23,6 +23,7 @@ from anabranch import mixture as stage
 from anabranch.artifacts import Mixture, Unit
 from anabranch.errors import MixtureError
 from anabranch.mixture import build_mixture
+from anabranch.mixture_summary import exclusion_lines, unwanted_lines
 from anabranch.recipe import Recipe, load_recipe
 from anabranch.rows import budget_indices, load_unit
 
@@ -540,6 +541,48 @@ def test_all_problems_come_in_one_message(tmp_path, tokenizer):
     assert "bad.jsonl, line 3: not JSON" in text
     assert "more.json: holds an object with rows; wanted a list" in text
     assert "no format fits the columns found: body, headline" in text and "instruction + output" in text
+
+
+def test_what_is_not_there_does_not_hide_what_is_damaged(tmp_path, tokenizer):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "p", ')
+    write(tmp_path / "numbers.jsonl", [{"prompt": i, "completion": "c"} for i in range(4)])
+    text = refusal(tmp_path, tokenizer, [{"path": tmp_path / n} for n in ("gone.jsonl", "bad.jsonl", "numbers.jsonl")])
+    assert "mixture.sources[0]" in text and "gone.jsonl: no such file" in text and "bad.jsonl, line 1: not JSON" in text
+    assert ("mixture.sources[2] (numbers.jsonl): none of its 4 rows is usable, 4 malformed: numbers.jsonl:1: `prompt` is int, "
+            "wanted text. Look at its `format` and `columns`.") in text
+
+
+def test_of_several_files_one_may_be_unusable(tmp_path, tokenizer):
+    write(tmp_path / "data" / "a.jsonl", [{"prompt": i, "completion": "c"} for i in range(4)])
+    write(tmp_path / "data" / "b.jsonl", rows(3))
+    mixture = build_mixture(recipe(tmp_path, [{"path": tmp_path / "data"}]), tokenizer, tmp_path / "out", base_hash="b")
+    assert [u.name for u in mixture.units] == ["b"]
+    [line] = unwanted_lines(mixture)
+    assert line == "unit a, whole: 4 of 4 rows malformed, such as data/a.jsonl:1: `prompt` is int, wanted text"
+    lines = exclusion_lines(mixture.excluded)
+    assert lines[-1] == "a (train): the whole unit, too_few_samples: no row is usable"
+
+
+def test_rows_that_name_no_unit_at_all_are_a_source_that_is_wrong(tmp_path, tokenizer):
+    write(tmp_path / "b.jsonl", rows(3))
+    write(tmp_path / "a.jsonl", [r | {"task": None} for r in rows(4, "a")])
+    text = refusal(tmp_path, tokenizer, [{"path": tmp_path / "b.jsonl"}, {"path": tmp_path / "a.jsonl", "unit_column": "task"}])
+    assert "mixture.sources[1] (a.jsonl): none of its 4 rows is usable, 4 malformed: a.jsonl:1: `task` names no unit" in text
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_folder_of_save_to_disk_is_told_for_what_it_is(tmp_path, tokenizer, several):
+    import datasets
+
+    made = datasets.Dataset.from_list(rows(4))
+    (datasets.DatasetDict({"train": made}) if several else made).save_to_disk(tmp_path / "saved")
+    text = refusal(tmp_path, tokenizer, [{"path": tmp_path / "saved"}])
+    assert "save_to_disk" in text and "to_parquet('rows.parquet')" in text
+    code = re.search(r"datasets\.(load_from_disk.*)\.to_parquet", text)
+    assert code is not None
+    eval("datasets." + code[1].replace("[SPLIT]", "['train']")).to_parquet(tmp_path / "rows.parquet")  # as it is told
+    mixture = build_mixture(recipe(tmp_path, [{"path": tmp_path / "rows.parquet"}]), tokenizer, tmp_path / "out", base_hash="b")
+    assert mixture.units[0].rows == 4
 
 
 @pytest.mark.parametrize(("name", "content", "word"), [

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from anabranch.artifacts import Mixture, Plan
-from anabranch.errors import PlanError
+from anabranch.errors import PlanError, RecipeError
+from anabranch.forecast import forecast
 from anabranch.plan import misfits
 from anabranch.recipe import load_recipe
 from anabranch.report import write_report
@@ -56,6 +57,10 @@ def test_a_row_that_changed_is_told_before_gradients_and_in_status_and_report(pl
     with pytest.raises(PlanError, match=r"(?s)put them back .*--from split.*unit 'copy': .*of other rows"):
         again(place)
     assert (run / "gradients" / "gradients.json").read_bytes() == gradients  # hours, perhaps
+    recipe = load_recipe(place / "recipe.yaml")
+    with pytest.raises(RecipeError, match=r"(?s)dry run: the recipe has problems.*unit 'copy': .*of other rows"):
+        forecast(recipe)
+    assert forecast(recipe, start="split") and forecast(recipe, until="conflict")  # neither keeps the plan
     told = found(run)
     models = ["branch-0", "branch-1", "merged"]
     assert set(told) == {"plan", *models, *(f"evaluation of {model}" for model in ["base", *models])}

@@ -226,6 +226,91 @@ def test_a_mixture_of_text_for_a_vision_language_model_has_no_trace_of_images(tm
     assert not (tmp_path / "out" / SEEN).exists() and not list((tmp_path / "out").rglob("*.images.safetensors"))
 
 
+LIKE_AN_IMAGE: dict[str, Any] = {
+    "a path": "colour/0.PNG",
+    "a URL": "https://example.org/a.jpeg?size=2",
+    "a data URI": uri("red"),
+    "a list": ["a.png", "b.webp"],
+    "bytes": picture("red"),
+    "bytes of a JPEG": picture("red", form="JPEG"),
+    "as Hugging Face writes them": {"bytes": picture("red", form="WEBP"), "path": None},
+    "the path alone": {"bytes": None, "path": "a.tiff"},
+    "a list of them": [{"bytes": picture("red", form="GIF"), "path": None}],
+}
+
+
+def source_with(path: Path, column: str, value: Any) -> Path:
+    """Five rows with this column; Parquet where JSON cannot hold it."""
+    rows = [{"prompt": f"{i}", "completion": "ok", column: value} for i in range(5)]
+    if "bytes" not in str(type(value)) and "b'" not in str(value):
+        return write(path.with_suffix(".jsonl"), rows)
+    path.parent.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
+    return path.with_suffix(".parquet")
+
+
+@pytest.mark.parametrize("name", LIKE_AN_IMAGE)
+def test_an_image_in_a_column_of_another_name_does_not_train_as_text(tmp_path, qwen, name):
+    """The data's word for it must be mapped; the rows of other units are fine, and a glob goes on without this one."""
+    source_with(tmp_path / "data" / "u", "picture", LIKE_AN_IMAGE[name])
+    write(tmp_path / "data" / "w.jsonl", [{"prompt": f"{i}", "completion": "ok"} for i in range(4)])
+    mixture = build(tmp_path, qwen, {"path": tmp_path / "data"})
+    assert [u.name for u in mixture.units] == ["w"]
+    lost = next(e for e in mixture.excluded if e.rule == "malformed")
+    assert (lost.unit, lost.rows) == ("u", 5)
+    assert "`picture` holds what looks like an image" in lost.example and "columns: {images: picture}" in lost.example
+
+
+@pytest.mark.parametrize("name", ["bytes", "as Hugging Face writes them", "a data URI"])
+def test_the_column_that_is_named_is_read(tmp_path, qwen, name):
+    path = source_with(tmp_path / "u", "picture", LIKE_AN_IMAGE[name])
+    mixture = build(tmp_path, qwen, {"path": path, "columns": {"images": "picture"}})
+    assert (mixture.units[0].rows, mixture.units[0].images, mixture.excluded) == (5, 5, [])
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("id", "000123"),
+        ("source", "web.archive"),
+        ("n", 7),
+        ("note", "draw\na.png"),
+        ("essay", "x" * 2000 + ".png"),
+        ("tags", []),
+        ("tags", ["a.png", "b"]),
+        ("audio", {"bytes": b"RIFF....WAVEfmt ", "path": "a.wav"}),
+        ("blob", b"\x00\x01 no image"),
+        ("input", "a.png"),
+    ],
+)
+def test_other_columns_are_let_be(tmp_path, qwen, column, value):
+    mixture = build(tmp_path, qwen, {"path": source_with(tmp_path / "u", column, value)})
+    assert mixture.units[0].rows == 5 and mixture.excluded == []
+
+
+def test_other_columns_of_a_row_that_shows_its_image_are_let_be(tmp_path, qwen):
+    """Data often has the path of the original, or a thumbnail, beside the image. So with rows of no image where the recipe
+    says in which column images are; units of that name; and plain text, which shows none."""
+    put_colours(tmp_path)
+    shown = [{"prompt": f"{i}", "completion": "ok", "image": "img/red.png", "url": "http://x.org/a.png"} for i in range(3)]
+    bare = [{"prompt": f"{i}", "completion": "ok", "image": None, "url": "http://x.org/a.png"} for i in range(3)]
+    sources = [
+        {"path": write(tmp_path / "shown.jsonl", shown)},
+        {"path": write(tmp_path / "bare.jsonl", bare), "columns": {"image": "image"}},
+        {"path": write(tmp_path / "n.jsonl", [{"prompt": "a", "completion": "b", "file": "a.png"}] * 3), "unit_column": "file"},
+        {"path": write(tmp_path / "text.jsonl", [{"text": "a b", "url": "a.png"}] * 3), "format": "text"},
+    ]
+    mixture = build(tmp_path, qwen, *sources)
+    assert {u.name: u.rows for u in mixture.units} == {"a.png": 3, "bare": 3, "shown": 3, "text": 3} and not mixture.excluded
+
+
+def test_a_language_model_does_not_care(tmp_path, llava):
+    path = write(tmp_path / "u.jsonl", [{"prompt": f"{i}", "completion": "ok", "picture": "a.png"} for i in range(3)])
+    mixture = build_mixture(recipe(tmp_path, {"path": path}, chat_template="plain"), llava.tokenizer, tmp_path / "out",
+                            base_hash="b")
+    assert mixture.units[0].rows == 3 and mixture.excluded == []
+
+
 MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "more places": (
         {"prompt": "<image><image>", "completion": "c", "image": "img/red.png"},

@@ -35,6 +35,7 @@ from vision_sources import (
 from anabranch import mixture as stage
 from anabranch.errors import MixtureError, RecipeError
 from anabranch.images import open_image
+from anabranch.mixture_summary import unwanted_lines
 from anabranch.pictures import SEEN
 from anabranch.rows import load_unit, read_image
 from anabranch.vision import load_vision
@@ -158,6 +159,59 @@ def test_a_pipe_is_no_image(tmp_path, qwen):
     rows[1]["image"] = "pipe.png"
     mixture = build(tmp_path, qwen, {"path": write(tmp_path / "u.jsonl", rows)})  # and does not wait for somebody to write
     assert "is no file" in left_out(mixture)["missing_image"]
+
+
+def broken(tmp_path: Path, *good: int) -> list[dict[str, Any]]:
+    """Twelve rows of units a and b, whose images are broken but for these."""
+    put(tmp_path, whole_png=picture("red"), cut_png=picture("red")[:40])
+    return [
+        {"prompt": f"<image>{i}", "completion": "ok", "u": "ab"[i % 2], "image": "whole.png" if i in good else "cut.png"}
+        for i in range(12)
+    ]
+
+
+def test_a_source_of_which_no_image_can_be_used_is_refused(tmp_path, qwen):
+    """Found when its rows are drawn; every such source is named in one message, and nothing is called a mixture."""
+    rows = broken(tmp_path)
+    fine = write(tmp_path / "fine.jsonl", questions(4, lambda c: {"image": "whole.png"}))
+    sources = [{"path": fine}, {"path": write(tmp_path / "u.jsonl", rows)}]
+    evaluate = {"transfer": [{"path": str(write(tmp_path / "t.jsonl", [r | {"completion": "other"} for r in rows]))}]}
+    with pytest.raises(MixtureError) as caught:
+        build(tmp_path, qwen, *sources, evaluate=evaluate)
+    said = str(caught.value).splitlines()
+    assert len(said) == 3 and not (tmp_path / "out" / "mixture.json").exists()
+    for line, where in zip(said[1:], ("mixture.sources[1] (u.jsonl)", "evaluate.transfer[0] (t.jsonl)"), strict=True):
+        assert f"{where}: none of its 12 rows is usable, 12 broken_image: " in line and "cut.png" in line
+    assert [u.name for u in build(tmp_path, qwen, sources[0]).units] == ["fine"]
+
+
+@pytest.mark.parametrize(("good", "units"), [((0, 2), ["a"]), ((1, 3, 5), ["b"])])
+def test_one_unit_of_a_source_may_go(tmp_path, qwen, good, units):
+    """A mixture of thousands must be able to run with a bad one; what is gone comes first among what is told."""
+    rows = broken(tmp_path, *good)
+    mixture = build(tmp_path, qwen, {"path": write(tmp_path / "u.jsonl", rows), "unit_column": "u"})
+    assert [u.name for u in mixture.units] == units
+    [gone] = {"a", "b"} - set(units)
+    [first, *rest] = unwanted_lines(mixture)
+    assert first.startswith(f"unit {gone}, whole: 6 of 6 rows broken_image, such as ") and not any(gone in r[:2] for r in rest)
+
+
+def test_a_source_that_keeps_a_row_is_not_refused(tmp_path, qwen):
+    """One row is too few for a unit, and that is a rule of its own; the source is not wrong altogether."""
+    rows = broken(tmp_path, 3)
+    fine = write(tmp_path / "fine.jsonl", questions(4, lambda c: {"image": "whole.png"}))
+    mixture = build(tmp_path, qwen, {"path": fine}, {"path": write(tmp_path / "u.jsonl", rows)})
+    assert [u.name for u in mixture.units] == ["fine"] and not any("whole" in line for line in unwanted_lines(mixture))
+
+
+def test_the_remedy_of_a_wrong_root(tmp_path, qwen):
+    put_colours(tmp_path / "photos")
+    (tmp_path / "other").mkdir()
+    path = write(tmp_path / "u.jsonl", questions(4, lambda c: {"image": f"img/{c}.png"}))
+    for images, start in (({}, "where the rows lie"), ({"images": tmp_path / "other"}, "in its `images`, .*other")):
+        with pytest.raises(MixtureError, match=rf"none of its 4 rows is usable.*do not start {start}: set `images` to"):
+            build(tmp_path, qwen, {"path": path} | images)
+    assert build(tmp_path, qwen, {"path": path, "images": tmp_path / "photos"}).units[0].rows == 4
 
 
 # ---- paths that lead out ----------------------------------------------------------------------------------------------
