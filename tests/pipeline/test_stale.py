@@ -19,13 +19,15 @@ from anabranch.run import open_run, run_stages
 from anabranch.stale import made, stale
 from anabranch.status import folder_status
 from conftest import write_recipe
+from jobs_here import jobs_done_here
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     """A folder with a recipe and its finished run."""
     folder = tmp_path_factory.mktemp("stale")
-    run_stages(open_run(load_recipe(write_recipe(folder, tiny_base)), tell=lambda _: None))
+    with jobs_done_here():
+        run_stages(open_run(load_recipe(write_recipe(folder, tiny_base)), tell=lambda _: None))
     return folder
 
 
