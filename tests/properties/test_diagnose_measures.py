@@ -148,7 +148,9 @@ def test_intervals_of_many_segments_are_wider():
     ("transformer.blocks.2.norm_attn_norm.norm_1.weight", "2", "norm"),
     ("transformer.h.3.ln_1.weight", "3", "norm"), ("model.layers.0.self_attn.q_norm.weight", "0", "norm"),
     ("encoder.layer.4.attention.output.dense.weight", "4", "attention"), ("model.norm.weight", "model.norm", "norm"),
-    ("backbone.layers.0.mixer.in_proj.weight", "0", "other")])
+    ("backbone.layers.0.mixer.in_proj.weight", "0", "other"),
+    ("language_model.model.layers.0.mlp.up_proj.weight", "0", "mlp"), ("visual.blocks.0.mlp.fc1.weight", "visual", "mlp"),
+    ("vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight", "vision_tower.vision_model.encoder", "attention")])
 def test_names_are_read_as_people_read_them(name, layer, kind):
     assert layer_of(name) == layer and kind_of(name) == kind
 

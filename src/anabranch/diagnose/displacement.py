@@ -30,9 +30,13 @@ KINDS = (("norm", r"norm[^.]*(\.[^.]*)?$|(^|[._])ln(\d|_[^.]*)?\.[^.]*$"), ("att
 
 
 def layer_of(name: str) -> str:
-    """The layer's number ('0', '1', ..), or for parameters outside the layers the module they belong to."""
+    """The language model's layer by number ('0', '1', ..), or for parameters outside of it the module they belong to; of what
+    looks at images or listens, whose layers have numbers of their own, all layers together."""
     found = re.search(r"\.(?:layers|h|blocks|block|layer)\.(\d+)\.", f".{name}")
-    return found[1] if found else name.rsplit(".", 1)[0]
+    if found is None:
+        return name.rsplit(".", 1)[0]
+    stack = f".{name}"[1 : found.start()]
+    return stack if re.search("vision|visual|image|audio", stack) else found[1]
 
 
 def kind_of(name: str) -> str:
