@@ -355,6 +355,13 @@ def _tied_problems(model: Any, lora: Mapping[str, Any], canonical: Mapping[str, 
     problems = [f"`modules_to_save: {name}` would train {held[0]}. {remedy}"
                 for name in (lora.get("modules_to_save") or [] if not lora.get("ensure_weight_tying") else [])
                 if (held := [n for n in tied if any(end.endswith(name) for end in (n, *_modules_above(n)))])]
+    problems += [f"`target_parameters: {p}` would put an adapter on {held[0]}. {remedy}"
+                 for p in lora.get("target_parameters") or [] if (held := [n for n in tied if _names([p], f"{n}.weight")])]
+    rows = lora.get("trainable_token_indices")  # peft trains the embedding's own in both
+    named = rows if isinstance(rows, dict) else ()
+    inner = next((n for n, m in model.named_modules() if m is model.get_input_embeddings()), "")
+    problems += [f"`trainable_token_indices: {p}` would train {held[0]}. {remedy}"
+                 for p in named if (held := [n for n in tied if n != inner and _names([p], n)])]
     targets = lora.get("target_modules") or "all-linear"
     if targets == "all-linear":  # which leaves head and embedding out
         return problems

@@ -70,13 +70,26 @@ def load_plan(path: Path, mixture: Mixture) -> tuple[Plan, bool]:
                            "if the plan was edited, mend it:", problems)
     if not plan.units or not plan.groups:
         raise PlanError(f"{path}: no units or no groups. Run with `--from split` to plan anew.")
+    used = _as_used(plan, path)
+    return used, used is not plan
+
+
+def _as_used(plan: Plan, path: Path) -> Plan:
+    """With the groups that its units make, which a person who moved units leaves behind. Raises PlanError."""
     highest = max((u.group for u in plan.units if u.group is not None), default=len(plan.groups) - 1)
     count = len(plan.groups) if plan.units[0].group is None else max(highest + 1, 1)
     if count > len(plan.units) and plan.units[0].group is not None:
         raise PlanError(f"{path}: `group` goes up to {highest}, and there are {len(plan.units)} units: every group needs one.")
     groups = summarise_groups(plan.units, count)
-    edited = groups != plan.groups
-    return (plan.model_copy(update={"groups": groups}) if edited else plan), edited
+    return plan if groups == plan.groups else plan.model_copy(update={"groups": groups})
+
+
+def plan_hash(plan: Plan) -> str:
+    """Of the plan as branches are trained by it; of what lies there where it cannot be used."""
+    try:
+        return _as_used(plan, Path("plan.json")).hash if plan.units and plan.groups else plan.hash
+    except PlanError:  # told where it is used
+        return plan.hash
 
 
 def plan_inputs(base_hash: str, mixture: Mixture, conflict_hash: str, split: Mapping[str, object],

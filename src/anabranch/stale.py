@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from anabranch.artifacts import BranchManifest, Evaluation, MergeManifest, Mixture, Plan, digest
-from anabranch.plan import misfits
+from anabranch.plan import misfits, plan_hash
 
 REMEDY = ("Put rows, images or plan back as they were to go on with what is trained; `anabranch run recipe.yaml --from split` "
           "plans and trains anew; another `output` keeps both.")
@@ -29,17 +29,18 @@ def stale(mixture: Mixture, plan: Plan | None, branches: Mapping[int, BranchMani
     What an artifact does not say of itself cannot be compared, and makes nothing stale.
     """
     found: dict[str, str] = {}
+    used = plan_hash(plan) if plan is not None else ""
     if plan is not None:
         if problems := misfits(plan, mixture):
             more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
             found["plan"] = f"made for another mixture than the folder now holds: {problems[0]}{more}"
         for number, branch in branches.items():
-            if plan.hash != branch.made_from.get("plan", plan.hash):
+            if used != branch.made_from.get("plan", used):
                 found[f"branch-{number}"] = "trained by another plan"
             elif "plan" in found:
                 found[f"branch-{number}"] = "trained on other rows than the mixture now has"
     if merge is not None:
-        own = {f"branch-{k}": digest(b.files) for k, b in branches.items()} | ({"plan": plan.hash} if plan is not None else {})
+        own = {f"branch-{k}": digest(b.files) for k, b in branches.items()} | ({"plan": used} if plan is not None else {})
         if strange := sorted(name for name, known in own.items() if merge.made_from.get(name, known) != known):
             found["merged"] = f"merged from another {', '.join(strange)}"
         elif old := [name for name in found if name in merge.made_from]:

@@ -117,7 +117,10 @@ def _stale(folder: Path) -> list[str]:
     """What no longer follows from the mixture or the plan, and why."""
     if not (folder / "mixture" / "mixture.json").exists():
         return []
-    found = stale(Mixture.load(folder / "mixture" / "mixture.json"), *made(folder))
+    try:
+        found = stale(Mixture.load(folder / "mixture" / "mixture.json"), *made(folder))
+    except CorruptedError as error:
+        return [f"stale      not known: {error}"]
     lines = [f"stale      {name}: {why}" for name, why in found.items()]
     return [*lines, f"           {REMEDY}"] if lines else []
 

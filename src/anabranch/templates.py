@@ -41,7 +41,11 @@ Span = tuple[int, int]  # first and one past the last character of a response, i
 
 @dataclass(frozen=True)
 class Template:
-    """How conversations of this mixture are written."""
+    """How conversations of this mixture are written.
+
+    start: the beginning-of-sequence token, put before a conversation that the template does not begin with it: as a
+    processor's own `apply_chat_template` makes tokens, unlike a tokenizer's.
+    """
 
     kind: Literal["tokenizer", "plain", "custom"]
     text: str
@@ -49,10 +53,11 @@ class Template:
     stops: tuple[str, ...]
     placeholder: str = ""
     parts: bool = False
+    start: str = ""
 
     @property
     def hash(self) -> str:
-        return digest(self.text)
+        return digest([self.text, self.start] if self.start else self.text)
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,10 @@ def choose_template(setting: str, tokenizer: Any, vision: Vision | None = None) 
     stops = tuple(sorted(t for t in tokenizer.added_tokens_encoder if not t.isspace()))
     try:
         parts = vision is not None and _takes_parts(text, tokenizer, vision.placeholder)
-        if vision is not None:
-            text = _with_bos(text, tokenizer, parts)
         marked = _marks(text, tokenizer, parts)
     except jinja2.TemplateSyntaxError as error:
         raise MixtureError(f"chat template ({setting}): line {error.lineno}: {error.message}.") from error
-    return Template(kind, text, marked, stops, _placeholder(vision), parts)
+    return Template(kind, text, marked, stops, _placeholder(vision), parts, bos_prefix(tokenizer) if vision is not None else "")
 
 
 def _placeholder(vision: Vision | None) -> str:
@@ -124,22 +127,6 @@ def _takes_parts(text: str, tokenizer: Any, placeholder: str) -> bool:
     except (jinja2.TemplateError, TypeError, KeyError):  # it wants strings
         return False
     return rendered.count(placeholder) == 1 and "seen" in rendered and "said" in rendered and "'type'" not in rendered
-
-
-def _with_bos(text: str, tokenizer: Any, parts: bool) -> str:
-    """The template, with the beginning-of-sequence token before it where the tokenizer puts one before plain text and the
-    template does not: as a processor's own `apply_chat_template` makes tokens, unlike a tokenizer's."""
-    import jinja2
-
-    smallest: list[dict[str, Any]] = [{"role": "user", "content": "seen"}, {"role": "assistant", "content": "said"}]
-    prefix = bos_prefix(tokenizer)
-    if not prefix:
-        return text
-    try:
-        rendered, _ = _jinja(text, tokenizer, _in_parts(smallest) if parts else smallest)
-    except (jinja2.TemplateError, TypeError, KeyError):  # told when rows are rendered
-        return text
-    return text if rendered.startswith(prefix) else prefix + text
 
 
 def _in_parts(messages: Messages) -> list[dict[str, Any]]:
@@ -226,6 +213,9 @@ def render(template: Template, tokenizer: Any, messages: Messages) -> tuple[str,
                        else _by_prefix(template, tokenizer, written))
     except (jinja2.TemplateError, TypeError, KeyError) as error:
         return f"the chat template refuses it: {str(error)[:120]}"
+    if not text.startswith(template.start):
+        text, ahead = template.start + text, len(template.start)
+        spans = [(start + ahead, stop + ahead) for start, stop in spans]
     ended = _with_ends(text, spans, [m["content"] for m in messages if m["role"] == "assistant"], template.stops)
     if ended is None:
         tail = text[spans[-1][0]:][-60:] if spans else text[-60:]

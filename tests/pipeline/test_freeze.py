@@ -277,9 +277,11 @@ def test_adapters_that_are_named_sit_on_no_frozen_embedding_or_head(which, freez
 HALF = [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["language_model"]},
         {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ".*embed_tokens"},
         {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]},
-        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}]
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "target_parameters": ["embed_tokens.weight"]}]
 WHOLE = [{"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, {"target_modules": "all-linear"},
          {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, {"trainable_token_indices": [0, 1]},
+         {"trainable_token_indices": {"embed_tokens": [0, 1]}},
          {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["lm_head"]},
          {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [0]}]
 
@@ -325,6 +327,13 @@ def test_adapters_that_leave_a_tied_pair_whole(lora, folders, tmp_path):
     assert arguments == before
     trained, saved = trained_and_saved(folders["qwen"], arguments, tmp_path / "branch")
     torch.testing.assert_close(saved, trained, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [{"target_parameters": ["lm_head.weight"]}, {"trainable_token_indices": {"lm_head": [0]}}])
+def test_a_tied_head_by_its_own_name(lora, folders):
+    """Neither gets as far as training: peft and trl raise on them."""
+    with pytest.raises(RecipeError, match=r"would .* lm_head\. It is tied"):
+        adapter_arguments(skeleton(folders["qwen"], False), section(folders["qwen"], lora=lora))
 
 
 def test_a_run_and_its_dry_run_refuse_it_before_anything_else(tmp_path, tiny_base):

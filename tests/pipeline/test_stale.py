@@ -15,9 +15,9 @@ from anabranch.plan import misfits
 from anabranch.recipe import load_recipe
 from anabranch.report import write_report
 from anabranch.report.contents import read_contents
-from anabranch.run import open_run, run_stages
+from anabranch.run import open_run, reopen_run, run_stages, train_one
 from anabranch.stale import made, stale
-from anabranch.status import folder_status
+from anabranch.status import _stale, folder_status
 from conftest import write_recipe
 from jobs_here import jobs_done_here
 
@@ -96,3 +96,25 @@ def test_a_plan_that_was_edited_leaves_its_branches_behind(place):
     told = found(run)
     assert told["branch-0"] == told["branch-1"] == "trained by another plan" and "plan" in told["merged"]
     assert "evaluation of merged" in told and "evaluation of base" not in told
+
+
+def test_a_plan_edited_before_its_branches_were_trained_is_theirs(place):
+    """Only `run` writes the groups anew that its units make; branches are trained by them before."""
+    run = place / "run"
+    plan = json.loads((run / "plan.json").read_text())
+    moved = next(u for u in plan["units"] if sum(v["group"] == u["group"] for v in plan["units"]) > 1)
+    moved["group"] = 1 - moved["group"]
+    (run / "plan.json").write_text(json.dumps(plan))
+    shutil.rmtree(run / "branches")
+    for k in (0, 1):
+        train_one(reopen_run(run, tell=lambda _: None), k)
+    assert not {name for name in found(run) if name.startswith(("plan", "branch"))}
+    again(place, until="split")
+    assert not {name for name in found(run) if name.startswith(("plan", "branch"))}
+
+
+@pytest.mark.parametrize("damaged", ["evaluation/base.json", "merged/manifest.json"])
+def test_status_of_what_is_damaged(place, damaged):
+    (place / "run" / damaged).write_text("{")
+    [line] = [line for line in _stale(place / "run") if "stale" in line]
+    assert "not known" in line and damaged.split("/")[-1] in line

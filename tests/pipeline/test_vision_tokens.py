@@ -66,6 +66,7 @@ def test_a_beginning_that_only_the_tokenizer_writes(written, image, tmp_path):
     made = encode_rows(template, vision.tokenizer, [row], [[vision.text_of(56, 56)] * image])[0]
     prompt = made.input_ids[: int(np.flatnonzero(made.response)[0])].tolist()
     assert prompt == list(theirs) and prompt.count(start) == 1 and prompt[0] == start
+    assert vision.tokenizer.decode(made.input_ids[made.response == 1]).strip() == "red<|im_end|>"
 
 
 def test_a_text_that_names_the_token_of_a_video(tmp_path):
@@ -119,3 +120,20 @@ def test_tokens_that_depend_on_how_many_images_a_row_shows(tmp_path):
     assert mixture_of(base, [row(f"What {i}?", i % 3) for i in range(12)], tmp_path / "one").units[0].rows == 12
     with pytest.raises(ModelError, match="other tokens of a row with 2 images"):  # though the first rows show one
         mixture_of(base, [row(f"What {i}?", *([0] if i < 6 else [1, 2])) for i in range(12)], tmp_path / "more")
+
+
+def test_a_template_that_writes_the_beginning_in_some_rows_only(tmp_path):
+    folder = write_vision_model(tmp_path / "base", "llava")
+    template = folder / "chat_template.jinja"
+    template.write_text("{% if messages[0]['role'] == 'system' %}{{ bos_token }}{% endif %}" + template.read_text())
+    vision = load_vision(folder)
+    tokenizer = vision.tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    start = tokenizer.convert_tokens_to_ids("<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", start)])
+    said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+    chosen = choose_template("auto", tokenizer, vision)
+    for made in encode_rows(chosen, tokenizer, [said, [{"role": "system", "content": "Be brief."}, *said]], [[], []]):
+        ids = made.input_ids.tolist()
+        assert ids[0] == start and ids.count(start) == 1
