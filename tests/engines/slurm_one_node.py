@@ -46,7 +46,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=sched_interval=1,bf_interval=1
+SchedulerParameters=sched_interval=2,bf_interval=3
 ReturnToService=2
 SlurmdParameters=config_overrides
 MpiDefault=none

@@ -123,11 +123,13 @@ def test_preempted_jobs_save_and_start_again_and_the_merge_waits(tmp_path):
 @pytest.mark.parametrize("partition", ["main", "scavenge"])
 def test_jobs_that_slurm_takes_the_cores_from_come_back(tmp_path, partition):
     """`main` queues them again by itself; `scavenge` cancels them and all that waits for them, and they are queued anew."""
-    jobs = [counting(tmp_path, "branch-0", 20), shell(tmp_path, "branch-1", "echo ran; exit 3"),
+    jobs = [counting(tmp_path, "branch-0", 50), shell(tmp_path, "branch-1", "echo ran; exit 3"),
             shell(tmp_path, "merge", "true", ("branch-0",)), shell(tmp_path, "evaluate-branch-1", "true", ("branch-1",))]
 
     def take() -> None:
         eventually((tmp_path / "branch-0.attempts").exists)
+        number = json.loads((tmp_path / "slurm" / "queued.json").read_text())["branch-1"]["id"]
+        eventually(lambda: number not in queue().split())  # it has ended: while it runs, it is taken from too
         subprocess.run(["sbatch", "--partition=urgent", "--cpus-per-task=4", f"--output={tmp_path}/urgent", "--wrap=sleep 1"],
                        check=True)
 
