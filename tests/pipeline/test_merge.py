@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -588,6 +589,12 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path, family, monkeypatc
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(file, data, at)
 
+    def late(folder, step, done):  # the worker is at the next tensor before this one is noted
+        time.sleep(0.1)
+        finished(folder, step, done)
+
+    finished = output.OutputFolder.finished
+    monkeypatch.setattr(output.OutputFolder, "finished", late)
     monkeypatch.setattr(output, "_pwrite", full)
     with pytest.raises(OutputError) as caught:
         merge(base, branches, tmp_path / "out", max_shard_size="5KB", settings=Settings(threads=1))

@@ -31,7 +31,7 @@ from anabranch.engine.memory import Budget, MemoryPlan, kind_of, plan_memory
 from anabranch.engine.output import MANIFEST, Done, OutputFolder, vouched_for
 from anabranch.engine.plan import OutputPlan, Step
 from anabranch.engine.wanted import Input, Source
-from anabranch.errors import AnabranchError, CorruptedError, RecipeError
+from anabranch.errors import AnabranchError, CorruptedError, OutputError, RecipeError
 from anabranch.merge.select import largest, magnitudes
 from anabranch.merge.stack import CHUNK, Block, Blockwise, ModelStack
 
@@ -110,6 +110,11 @@ def stream(merge: Merge, output: OutputFolder | None, settings: Settings,
                         output.finished(step, result)
             if progress is not None:
                 progress(Progress(done, total, len(finished)))
+    except OutputError:
+        if output is None:
+            raise
+        with output.writing():  # a worker told the sizes before those that ended earlier were counted here: told again
+            raise
     finally:
         torch.set_num_threads(threads)
     return {step.name: finished[step.name] for step in merge.plan.steps}
